@@ -1,0 +1,250 @@
+"""The public grouped matmuls: argument checks, the choice of implementation, derivatives and batching."""
+
+import dataclasses
+import functools
+import logging
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import sequential_vmap
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.device import has_hopper_gpu
+from pallas_kernels.grouped_matmul import mosaic_gpu, reference, xla
+
+Implementation = Literal["mosaic_gpu", "xla", "reference"]
+Operation = Literal["grouped_matmul", "grouped_weight_gradient"]
+
+_BACKENDS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
+_logger = logging.getLogger("pallas_kernels")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What a grouped matmul is besides its arrays; hashable, so that it is a static argument."""
+
+    transpose_rhs: bool
+    precision: lax.PrecisionLike
+    out_dtype: jnp.dtype
+    implementation: Implementation | None
+
+
+def grouped_matmul(
+    lhs: Float[Array, "M K"],
+    rhs: Float[Array, "G _ _"],
+    group_sizes: Int[Array, " G"],
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    group_offset: None = None,
+    *,
+    transpose_rhs: bool = False,
+    implementation: Implementation | None = None,
+) -> Float[Array, "M N"]:
+    """Multiplies each group of rows of `lhs` with that group's own matrix.
+
+    `out[m] = lhs[m] @ rhs[g]` for every row m of group g. The groups lie end to end from row 0. Rows past the last
+    group give zeros and get zero gradients, whatever memory there holds. Sums are taken in float32 (float64 for
+    float64 operands). Differentiable in reverse mode, to any order, in `lhs` and `rhs`; `jax.vmap` runs the batch in sequence.
+    A drop-in for `jax.lax.ragged_dot`.
+
+    Args:
+        lhs: [M, K], floating point.
+        rhs: [G, K, N], or [G, N, K] with `transpose_rhs`; floating point.
+        group_sizes: int[G], the rows of each group; a negative size counts as 0, and sizes that sum to more than M
+            are clipped there.
+        precision: of each product, as in `jax.lax.dot`; bfloat16 and float16 products are exact in any case.
+        preferred_element_type: the dtype of the result, by default the promoted dtype of the operands.
+        group_offset: not supported; slice `rhs` and `group_sizes` instead.
+        transpose_rhs: whether `rhs` holds its matrices transposed.
+        implementation: "mosaic_gpu" (Hopper GPUs; bfloat16 and float16), "xla" (everywhere), "reference" (everywhere,
+            with G times the work and memory), or None for the fastest that can run here. A named one runs or raises.
+
+    Returns:
+        [M, N] in `preferred_element_type`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the named implementation cannot run, with the reason.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> lhs, rhs = jnp.ones((4, 2)), jnp.array([[[1.0], [1.0]], [[5.0], [5.0]]])
+        >>> grouped_matmul(lhs, rhs, jnp.array([1, 2])).tolist()
+        [[2.0], [10.0], [10.0], [0.0]]
+    """
+    if group_offset is not None:
+        raise ValueError("group_offset is not supported: slice rhs and group_sizes instead.")
+    lhs, rhs, group_sizes = jnp.asarray(lhs), jnp.asarray(rhs), jnp.asarray(group_sizes)
+    _check_matrix("lhs", lhs, "[M, K]")
+    _check_group_sizes(group_sizes)
+    if rhs.ndim != 3 or not jnp.issubdtype(rhs.dtype, jnp.floating):
+        raise ValueError(f"rhs is {_describe(rhs)}; it must be a floating-point array [G, K, N].")
+    if rhs.shape[0] != group_sizes.size:
+        raise ValueError(f"rhs has {rhs.shape[0]} groups and group_sizes {group_sizes.size}; they must agree.")
+    contracted = rhs.shape[2 if transpose_rhs else 1]
+    if lhs.shape[1] != contracted:
+        layout = "[G, N, K]" if transpose_rhs else "[G, K, N]"
+        raise ValueError(
+            f"lhs is [M, K] = {list(lhs.shape)} and rhs {layout} = {list(rhs.shape)} (transpose_rhs={transpose_rhs}); "
+            "they must have the same K."
+        )
+    dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+    options = _Options(transpose_rhs, precision, _result_dtype(preferred_element_type, dtype), implementation)
+    return _grouped_matmul(options, lhs.astype(dtype), rhs.astype(dtype), group_sizes)
+
+
+def grouped_weight_gradient(
+    lhs: Float[Array, "M K"],
+    out_grad: Float[Array, "M N"],
+    group_sizes: Int[Array, " G"],
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "G K N"]:
+    """Computes the gradient of a grouped matmul's `rhs`: for each group, the sum of outer products of its rows.
+
+    `out[g] = lhs[rows of g].T @ out_grad[rows of g]`, exactly zero for an empty group. Rows past the last group and
+    rows of other groups never enter, even where they hold NaN. Sums are taken in float32 (float64 for float64
+    operands). Differentiable in reverse mode, to any order, in both operands.
+
+    Args:
+        lhs: [M, K], floating point.
+        out_grad: [M, N], floating point.
+        group_sizes: int[G], as in `grouped_matmul`.
+        precision: as in `grouped_matmul`.
+        preferred_element_type: the dtype of the result, by default the promoted dtype of the operands.
+        implementation: as in `grouped_matmul`.
+
+    Returns:
+        [G, K, N] in `preferred_element_type`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the named implementation cannot run, with the reason.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> rows = jnp.array([[1.0], [2.0], [3.0]])
+        >>> grouped_weight_gradient(rows, rows, jnp.array([1, 0, 2])).ravel().tolist()
+        [1.0, 0.0, 13.0]
+    """
+    lhs, out_grad, group_sizes = jnp.asarray(lhs), jnp.asarray(out_grad), jnp.asarray(group_sizes)
+    _check_matrix("lhs", lhs, "[M, K]")
+    _check_matrix("out_grad", out_grad, "[M, N]")
+    _check_group_sizes(group_sizes)
+    if lhs.shape[0] != out_grad.shape[0]:
+        raise ValueError(f"lhs has {lhs.shape[0]} rows and out_grad {out_grad.shape[0]}; they must agree.")
+    dtype = jnp.promote_types(lhs.dtype, out_grad.dtype)
+    options = _Options(False, precision, _result_dtype(preferred_element_type, dtype), implementation)
+    return _grouped_weight_gradient(options, lhs.astype(dtype), out_grad.astype(dtype), group_sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(options: _Options, lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+    return _run("grouped_matmul", options, lhs, rhs, group_sizes)
+
+
+def _grouped_matmul_fwd(options: _Options, lhs: Array, rhs: Array, group_sizes: Array):
+    return _grouped_matmul(options, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+
+
+def _grouped_matmul_bwd(options: _Options, residuals, out_grad: Array):
+    lhs, rhs, group_sizes = residuals
+    # The kernels want operands of one dtype, and a float32 result of bfloat16 operands has a float32 gradient.
+    out_grad = out_grad.astype(lhs.dtype)
+    of_lhs = dataclasses.replace(options, transpose_rhs=not options.transpose_rhs, out_dtype=lhs.dtype)
+    of_rhs = dataclasses.replace(options, transpose_rhs=False, out_dtype=rhs.dtype)
+    lhs_grad = _grouped_matmul(of_lhs, out_grad, rhs, group_sizes)
+    left, right = (out_grad, lhs) if options.transpose_rhs else (lhs, out_grad)
+    return lhs_grad, _grouped_weight_gradient(of_rhs, left, right, group_sizes), None
+
+
+_grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_weight_gradient(options: _Options, lhs: Array, out_grad: Array, group_sizes: Array) -> Array:
+    return _run("grouped_weight_gradient", options, lhs, out_grad, group_sizes)
+
+
+def _grouped_weight_gradient_fwd(options: _Options, lhs: Array, out_grad: Array, group_sizes: Array):
+    return _grouped_weight_gradient(options, lhs, out_grad, group_sizes), (lhs, out_grad, group_sizes)
+
+
+def _grouped_weight_gradient_bwd(options: _Options, residuals, grad: Array):
+    lhs, out_grad, group_sizes = residuals
+    of_rows = dataclasses.replace(options, out_dtype=lhs.dtype)
+    grad = grad.astype(lhs.dtype)
+    lhs_grad = _grouped_matmul(dataclasses.replace(of_rows, transpose_rhs=True), out_grad, grad, group_sizes)
+    return lhs_grad, _grouped_matmul(of_rows, lhs, grad, group_sizes), None
+
+
+_grouped_weight_gradient.defvjp(_grouped_weight_gradient_fwd, _grouped_weight_gradient_bwd)
+
+
+def _run(operation: Operation, options: _Options, first: Array, second: Array, group_sizes: Array) -> Array:
+    """Runs one of the two operations on the backend that the options name, or the best that can run it here."""
+    static = dict(
+        precision=options.precision,
+        accumulator_dtype=jnp.promote_types(first.dtype, jnp.float32),
+        out_dtype=options.out_dtype,
+    )
+    if operation == "grouped_matmul":
+        static["transpose_rhs"] = options.transpose_rhs
+        out_shape = (first.shape[0], second.shape[1 if options.transpose_rhs else 2])
+    else:
+        out_shape = (group_sizes.size, first.shape[1], second.shape[1])
+    name = _choose_backend(operation, options, first, second)
+    if 0 in (*first.shape, *second.shape):
+        return jnp.zeros(out_shape, options.out_dtype)
+
+    # A kernel has no batched form of its own, and a batched loop over blocks would run every element for as long as
+    # the longest: one element after the other is the right order for both.
+    @sequential_vmap
+    def call(first: Array, second: Array, group_sizes: Array) -> Array:
+        return getattr(_BACKENDS[name], operation)(first, second, group_sizes, **static)
+
+    return call(first, second, group_sizes)
+
+
+def _choose_backend(operation: Operation, options: _Options, first: Array, second: Array) -> Implementation:
+    chosen = options.implementation
+    if chosen is not None and chosen not in _BACKENDS:
+        raise ValueError(f"implementation is {chosen!r}; it must be None or one of {', '.join(map(repr, _BACKENDS))}.")
+    if chosen in ("xla", "reference"):
+        return chosen
+    if not has_hopper_gpu():
+        if chosen is None:
+            return "xla"
+        raise ValueError('implementation "mosaic_gpu" needs a Hopper GPU; None picks what can run here.')
+    reason = mosaic_gpu.why_unsupported(
+        operation, first, second, transpose_rhs=options.transpose_rhs, out_dtype=options.out_dtype
+    )
+    if reason is None:
+        return "mosaic_gpu"
+    if chosen is None:
+        _logger.warning("%s runs on XLA, not on its Hopper kernel: %s", operation, reason)
+        return "xla"
+    raise ValueError(f'implementation "mosaic_gpu" cannot run this {operation}: {reason}')
+
+
+def _describe(array: Array) -> str:
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _check_matrix(name: str, array: Array, layout: str) -> None:
+    if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} is {_describe(array)}; it must be a floating-point matrix {layout}.")
+
+
+def _check_group_sizes(group_sizes: Array) -> None:
+    if group_sizes.ndim != 1 or not group_sizes.size or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"group_sizes is {_describe(group_sizes)}; it must be a vector of integers, [G].")
+
+
+def _result_dtype(preferred: jax.typing.DTypeLike | None, operands: jnp.dtype) -> jnp.dtype:
+    dtype = jnp.dtype(operands if preferred is None else preferred)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"preferred_element_type is {dtype}; it must be a floating-point dtype.")
+    return dtype
