@@ -9,10 +9,10 @@ _ALPHABET = 256
 
 
 def ngram_probabilities(train: bytes, text: bytes, order: int) -> Float64[np.ndarray, " N"]:
-    """Probability of each byte of `text` after the bytes before it, under an interpolated n-gram model of `train`.
+    """Probability of each byte of `text` after those before it, by an interpolated n-gram model of `train`.
 
-    The model mixes the n-grams of every length up to `order` by Witten and Bell's method: after a context h that was
-    seen c(h) times before t(h) distinct bytes, with h' the context less its first byte,
+    The model mixes the n-grams of every length up to `order` by Witten and Bell's method: after a context h
+    that was seen c(h) times before t(h) distinct bytes, with h' the context less its first byte,
 
         p(b | h) = (c(hb) + t(h) * p(b | h')) / (c(h) + t(h)),
 
@@ -27,8 +27,8 @@ def ngram_probabilities(train: bytes, text: bytes, order: int) -> Float64[np.nda
     Raises:
         ValueError: If `order` is out of range.
 
-    Source: Witten and Bell, "The zero-frequency problem" (1991), method C; interpolated as in Chen and Goodman,
-    "An empirical study of smoothing techniques for language modeling" (1999), section 2.7.
+    Source: Witten and Bell, "The zero-frequency problem" (1991), method C; interpolated as in Chen and
+    Goodman, "An empirical study of smoothing techniques for language modeling" (1999).
     """
     if not 1 <= order <= 8:
         raise ValueError(f"order must be between 1 and 8, got {order}")
@@ -62,15 +62,15 @@ def interpolated_ngram_bits_per_byte(train: bytes, validation: bytes, order: int
 
 
 def bigram_bits_per_byte(train: bytes, validation: bytes) -> float:
-    """Bits per byte of `validation` when each byte is predicted from the one before: the n-gram model of order 2."""
+    """Bits per byte of `validation`, each byte predicted from the one before: the n-grams of order 2."""
     return interpolated_ngram_bits_per_byte(train, validation, order=2)
 
 
 def xz_bits_per_byte(validation: bytes) -> float:
     """Size of `validation` after `xz -9e`, in bits per byte of the text.
 
-    What is compressed is the validation text alone, its documents joined: xz, unlike the n-gram models, has not seen
-    the training text. The size counts the whole file that `xz` writes, container included.
+    What is compressed is the validation text alone: xz, unlike the n-gram models, has not seen the training
+    text. The size is that of the whole file that `xz` writes, container included.
     """
     _require_text(validation)
     return 8 * len(lzma.compress(validation, preset=9 | lzma.PRESET_EXTREME)) / len(validation)

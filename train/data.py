@@ -25,13 +25,13 @@ _JSON_LINES = {".jsonl", ".ndjson"}
 
 
 class Batch(TypedDict):
-    """One batch for next-token prediction; `make_loader` says what the arrays mean."""
+    """Sequences for next-token prediction; `make_loader` says what the arrays mean."""
 
-    tokens: Int32[np.ndarray, "B S"]
-    targets: Int32[np.ndarray, "B S"]
-    mask: Bool[np.ndarray, "B S"]
-    segment_ids: Int32[np.ndarray, "B S"]
-    positions: Int32[np.ndarray, "B S"]
+    tokens: Int32[np.ndarray, "*B S"]
+    targets: Int32[np.ndarray, "*B S"]
+    mask: Bool[np.ndarray, "*B S"]
+    segment_ids: Int32[np.ndarray, "*B S"]
+    positions: Int32[np.ndarray, "*B S"]
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ class Corpus:
 def load_corpus(paths: Sequence[str] = (), *, validation_fraction: float = 0.05) -> Corpus:
     """Reads the documents at `paths` into memory and splits them into training and validation.
 
-    A document goes to validation when the hash of its name falls below `validation_fraction`. The name is that of the
-    file relative to the folder or glob it was found in (and the record's index, in JSON lines), so the split is the
-    same on every machine and does not change when other documents are added. Both sides get at least one document;
-    a text that is all of the corpus is cut, and its end is the validation text.
+    A document goes to validation when the hash of its name falls below `validation_fraction`. The name is
+    that of the file relative to the folder it was found in, or its last part (and the record's index, in JSON
+    lines), so the split is the same on every machine and does not change when documents are added. Both sides
+    get at least one document; a text that is all of the corpus is cut, and its end is the validation text.
 
     Args:
-        paths: Text files (one document each), JSON-lines files (`.jsonl`, `.ndjson`: one document a line, in the
-            field "text"), folders (searched recursively, hidden files left out) or globs. Files in folders and globs
-            that are not UTF-8 text are skipped. Empty: the source files of the running interpreter's standard
-            library, without its tests and generated tables.
+        paths: Text files (one document each), JSON-lines files (`.jsonl`, `.ndjson`: one document a line, in
+            the field "text"), folders (searched recursively, hidden files left out) or globs. Files in
+            folders and globs that are not UTF-8 text are skipped. Empty: the source files of the running
+            interpreter's standard library, without its tests and generated tables.
         validation_fraction: Share of the documents to hold out, between 0 and 1.
 
     Raises:
@@ -197,8 +197,8 @@ def _hash(name: str) -> float:
 class _PackedSequences:
     """Random access to the sequences of a corpus: documents laid end to end, cut every S tokens.
 
-    Each document is led by an end-of-text token, and one more closes the last, so the input at each place is followed by
-    its target: every token of every document, its end included, is predicted once, the first from end-of-text alone.
+    Each document is led by an end-of-text token, and one more closes the last, so that the target of each
+    place is the input of the next: every token of every document, and its end, is predicted exactly once.
     """
 
     def __init__(self, documents: Sequence[bytes], tokenizer: Tokenizer, sequence_length: int):
@@ -213,7 +213,7 @@ class _PackedSequences:
     def __len__(self) -> int:
         return -(-(len(self._stream) - 1) // self._length)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Batch:
         begin = index * self._length
         window = self._stream[begin : begin + self._length + 1]
         size = len(window) - 1
@@ -221,11 +221,13 @@ class _PackedSequences:
         starts = np.append(0, self._starts[first:last] - begin)
         starts = starts[1:] if last > first and starts[1] == 0 else starts
         lengths = np.diff(starts, append=size)
-        batch = {
-            name: np.zeros(self._length, np.int32)
-            for name in ("tokens", "targets", "segment_ids", "positions")
-        }
-        batch["mask"] = self._places < size
+        batch = Batch(
+            tokens=np.zeros(self._length, np.int32),
+            targets=np.zeros(self._length, np.int32),
+            mask=self._places < size,
+            segment_ids=np.zeros(self._length, np.int32),
+            positions=np.zeros(self._length, np.int32),
+        )
         batch["tokens"][:size] = window[:-1]
         batch["targets"][:size] = window[1:]
         batch["segment_ids"][:size] = np.repeat(np.arange(1, len(starts) + 1), lengths)
@@ -245,20 +247,22 @@ def make_loader(
 ) -> grain.IterDataset[Batch]:
     """Batches of packed sequences for next-token prediction.
 
-    Documents are laid end to end with end-of-text tokens between them and cut every `sequence_length` tokens; the
-    sequences are shuffled, differently in each epoch. A document's first token is predicted from end-of-text alone.
-    Every token, and the end of every document, is a target exactly once an epoch, so the summed loss of an epoch over
-    the size of the text in bytes is an exact number of bits per byte.
+    Documents are laid end to end with end-of-text tokens between them and cut every `sequence_length` tokens;
+    the sequences are shuffled, differently in each epoch. A document's first token is predicted from
+    end-of-text alone. Every token, and the end of every document, is a target exactly once an epoch, so the
+    summed loss of an epoch over the size of the text in bytes is an exact number of bits per byte.
 
     A batch is a dict of arrays of shape [B, S]:
 
     - `tokens`, `targets` (int32): inputs, and the token that follows each.
     - `mask` (bool): False where a batch is padded, which only the last batch of a finite loader is.
-    - `segment_ids` (int32): 1, 2, ... for the documents of a sequence, which attention must keep apart; 0 in padding.
+    - `segment_ids` (int32): 1, 2, ... for the documents of a sequence, which attention must keep apart; 0 in
+      padding.
     - `positions` (int32): places inside the segment, from 0.
 
     Args:
-        documents: UTF-8 texts. They are encoded at once and kept in memory, 2 bytes a token (4 beyond 65,536 tokens).
+        documents: UTF-8 texts. They are encoded at once and kept in memory, 2 bytes a token (4 with a
+            vocabulary of more than 65,536).
         tokenizer: What encodes them.
         batch_size: Sequences in a batch, B.
         sequence_length: Tokens in a sequence, S.
@@ -267,9 +271,9 @@ def make_loader(
         num_epochs: How often to go through the documents; None goes on for ever.
 
     Returns:
-        A grain dataset, made by background threads. `iter(loader)` starts at the first batch and gives an iterator
-        whose `get_state()` is a small JSON-serialisable dict: `set_state` on another iterator of an equal loader
-        continues with exactly the next batch, in constant time.
+        A grain dataset, read ahead by a background thread. `iter(loader)` starts at the first batch and gives
+        an iterator whose `get_state()` is a small JSON-serialisable dict: `set_state` on another iterator of
+        an equal loader continues with exactly the next batch, in constant time.
 
     Raises:
         ValueError: If there are no documents, or a size is not positive.

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.message_factory import GetMessageClass
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -20,15 +21,21 @@ TRAIN_BITS_PER_BYTE = "train/bits_per_byte"
 VALIDATION_BITS_PER_BYTE = "validation/bits_per_byte"
 EXPERT_LOAD = "train/expert_load"
 
+# protobuf makes these classes at run time, where type checkers cannot see them.
+_Event, _SessionLog = (
+    GetMessageClass(event_pb2.DESCRIPTOR.message_types_by_name[name]) for name in ("Event", "SessionLog")
+)
+
 
 class MetricsWriter:
     """Appends metrics to `metrics.jsonl` and to TensorBoard event files in a run folder.
 
-    Each record is one line, handed to the operating system before `write` returns: a killed process loses at most the
-    line it was writing, and `read_metrics` leaves out a torn last line. On a resumed run, call `truncate_metrics` first.
+    Each record is one line, handed to the operating system before `write` returns: a killed process loses at
+    most the line it was writing, and `read_metrics` leaves out a torn last line. On a resumed run, call
+    `truncate_metrics` first.
 
-    tensorboardX's own writer hands events to a thread that dies unseen when the disk is full and then blocks training;
-    this one writes them itself, so that the error reaches the caller.
+    tensorboardX's own writer hands events to a thread that dies unseen when the disk is full and then blocks
+    training; this one writes them itself, so that the error reaches the caller.
 
     Args:
         run_dir: Folder of the run, created if missing.
@@ -43,15 +50,14 @@ class MetricsWriter:
         records = read_metrics(run_dir)
         _drop_torn_line(run_dir / METRICS_FILE)
         # The buffer makes one line one system call.
-        self._lines = open(run_dir / METRICS_FILE, "ab", buffering=2**20)
+        self._lines = (run_dir / METRICS_FILE).open("ab", buffering=2**20)
         # Event files of one run must differ in name, also when two start in the same second.
-        self._events = EventsWriter(
-            str(run_dir / TENSORBOARD_FOLDER / "events"), f".{os.getpid()}.{time.time_ns()}"
-        )
+        suffix = f".{os.getpid()}.{time.time_ns()}"
+        self._events = EventsWriter(str(run_dir / TENSORBOARD_FOLDER / "events"), suffix)
+        # TensorBoard hides what an earlier, killed session wrote at steps from this one on.
         first_step = records[-1]["step"] + 1 if records else 0
-        self._events.write_event(
-            Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
-        )
+        session = _SessionLog(status="START")
+        self._events.write_event(_Event(wall_time=time.time(), step=first_step, session_log=session))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one record.
@@ -72,7 +78,7 @@ class MetricsWriter:
                 entry = summary.histogram(name, value.ravel(), bins="auto")
             else:
                 continue  # TensorBoard has no histogram of NaN; the JSON line has the values.
-            self._events.write_event(Event(wall_time=now, step=int(step), summary=entry))
+            self._events.write_event(_Event(wall_time=now, step=int(step), summary=entry))
 
     def flush(self) -> None:
         """Writes everything to the disk itself."""

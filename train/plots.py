@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -57,7 +58,7 @@ def plot_losses(run_dir: Path | str, baselines: Mapping[str, float] | None = Non
     margin = 0.06 * max(top - bottom, 0.1)
     axes.set_ylim(bottom - margin, top + margin)
     axes.set_xlim(0, steps[-1] or 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_step_ticks(9))
     axes.set_xlabel("training step")
     axes.set_ylabel("bits per byte")
     axes.set_title("Loss")
@@ -68,8 +69,8 @@ def plot_losses(run_dir: Path | str, baselines: Mapping[str, float] | None = Non
 def plot_expert_load(run_dir: Path | str) -> Path:
     """Draws the load of every expert over the steps of a run, one panel for each MoE layer.
 
-    The colour is the expert's share of its layer's assignments over the balanced share 1/E, on a logarithmic scale:
-    1 is balance, 2 twice as many assignments, 1/2 half as many.
+    The colour is the expert's share of its layer's assignments over the balanced share 1/E, on a logarithmic
+    scale: 1 is balance, 2 twice as many assignments, 1/2 half as many.
 
     Args:
         run_dir: Folder of the run, whose metrics are read.
@@ -86,25 +87,25 @@ def plot_expert_load(run_dir: Path | str) -> Path:
     edges = np.concatenate([[steps[0]], (steps[1:] + steps[:-1]) / 2, [steps[-1]]])
     if len(steps) == 1:
         edges = steps[0] + np.array([-0.5, 0.5])
+    places = np.arange(num_experts + 1) - 0.5
 
     columns = min(4, math.ceil(math.sqrt(num_layers)))
     rows = math.ceil(num_layers / columns)
     figure = Figure(figsize=(2 + 3.4 * columns, 1.4 + 2.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    norm = LogNorm(1 / 4, 4)
-    image = None
+    colours = ScalarMappable(LogNorm(1 / 4, 4), "RdBu_r")
     for layer, axes in enumerate(panels.flat):
         if layer >= num_layers:
             axes.set_axis_off()
             continue
         # A dead expert has no logarithm: it takes the darkest colour.
         values = np.maximum(loads[:, layer].T, 1e-6)
-        image = axes.pcolormesh(edges, np.arange(num_experts + 1) - 0.5, values, cmap="RdBu_r", norm=norm)
+        axes.pcolormesh(edges, places, values, cmap=colours.cmap, norm=colours.norm)
         axes.set_title(f"layer {layer}", fontsize=10)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(_step_ticks(5))
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.label_outer()
-    bar = figure.colorbar(image, ax=panels, extend="both", aspect=30, pad=0.02)
+    bar = figure.colorbar(colours, ax=panels, extend="both", aspect=30, pad=0.02)
     bar.set_ticks([1 / 4, 1 / 2, 1, 2, 4], labels=["¼", "½", "1", "2", "4"])
     bar.ax.minorticks_off()
     bar.set_label("share of assignments, relative to balance (1/E)")
@@ -120,6 +121,10 @@ def _series(run_dir: Path | str, name: str, *, required: bool = True) -> tuple[n
         raise ValueError(f"run_dir {run_dir} must hold a record of {name} to plot, found none")
     steps = np.array([record["step"] for record in records], float)
     return steps, np.array([record[name] for record in records], float)
+
+
+def _step_ticks(most: int) -> MaxNLocator:
+    return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10])
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -111,7 +111,8 @@ def load_tokenizer(path: str | None = None) -> Tokenizer:
 def train_tokenizer(documents: Iterable[bytes], vocab_size: int, path: str) -> Tokenizer:
     """Trains a byte-level BPE tokenizer on `documents`, saves it at `path` and returns it.
 
-    Byte-level: every text encodes without an unknown token and decodes to itself (Radford et al. 2019, section 2.2).
+    Byte-level: every text encodes without an unknown token and decodes to itself (Radford et al. 2019,
+    section 2.2).
 
     Args:
         documents: UTF-8 texts, such as `Corpus.train`.
@@ -135,6 +136,6 @@ def train_tokenizer(documents: Iterable[bytes], vocab_size: int, path: str) -> T
         show_progress=False,
     )
     inner.train_from_iterator((document.decode() for document in documents), trainer)
-    # The library reports a file it cannot write as a bare Exception; Path does it with the reason and the name.
+    # The library reports a file it cannot write as a bare Exception; Path gives the reason and the name.
     Path(path).write_text(inner.to_str(pretty=True), encoding="utf-8")
     return load_tokenizer(path)
