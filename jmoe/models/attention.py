@@ -1,0 +1,158 @@
+"""Grouped-query attention (arXiv 2305.13245) with rotary position embedding (arXiv 2104.09864)."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jmoe.models.config import TransformerConfig
+from jmoe.models.layers import Projection, RMSNorm
+
+
+class Rotation(NamedTuple):
+    """The rotation of each pair of a head's features at each position: its cosine and sine."""
+
+    cos: Float[Array, "B S 1 half"]
+    sin: Float[Array, "B S 1 half"]
+
+
+def rotation(positions: Int[Array, "B S"], head_dim: int, theta: float) -> Rotation:
+    """Computes RoPE's rotations: pair i at position p turns by `p * theta ** (-2 i / head_dim)` radians."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)  # [h / 2]
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency  # [B, S, 1, h / 2]
+    return Rotation(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x: Float[Array, "B S N h"], by: Rotation) -> Float[Array, "B S N h"]:
+    """Applies RoPE in float32; features i and i + h / 2 form a pair, as in Hugging Face's models."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, S, N, h / 2] each
+    rotated = [first * by.cos - second * by.sin, second * by.cos + first * by.sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)  # [B, S, N, h]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """The keys and values of the tokens seen so far: slot p of C holds those of position p.
+
+    Attributes:
+        key: Rotated keys, [B, C, num_kv_heads, head_dim].
+        value: Values, of the same shape.
+    """
+
+    key: Float[Array, "*layers B C N h"]
+    value: Float[Array, "*layers B C N h"]
+
+    def write(
+        self, positions: Int[Array, "B S"], key: Float[Array, "B S N h"], value: Float[Array, "B S N h"]
+    ) -> "KVCache":
+        """Returns the cache with these keys and values at their positions."""
+        at = jnp.arange(positions.shape[0])[:, None], positions  # [B, 1], [B, S]
+        return KVCache(self.key.at[at].set(key), self.value.at[at].set(value))
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with optional QK-norm.
+
+    Args:
+        config: The model's configuration.
+        rngs: Keys for the parameters.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        D, h = config.embed_dim, config.head_dim
+        query_dim, kv_dim = config.num_heads * h, config.num_kv_heads * h
+        self.query = Projection(D, query_dim, ("embed", "heads"), config, rngs=rngs)
+        self.key = Projection(D, kv_dim, ("embed", "kv_heads"), config, rngs=rngs)
+        self.value = Projection(D, kv_dim, ("embed", "kv_heads"), config, rngs=rngs)
+        self.out = Projection(query_dim, D, ("heads", "embed"), config, rngs=rngs)
+        if config.qk_norm != "none":
+            self.query_norm = RMSNorm(h if config.qk_norm == "head" else query_dim, config, rngs=rngs)
+            self.key_norm = RMSNorm(h if config.qk_norm == "head" else kv_dim, config, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        by: Rotation,
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
+        """Lets each token attend to itself and to the earlier tokens of its segment.
+
+        Args:
+            x: Normalized activations.
+            positions: The position of each token; only the cache reads them.
+            by: The rotations of `positions`.
+            segment_ids: Which document each token belongs to; None if each sequence is one document.
+            cache: Where to write the keys and values. With S = 1 the token attends to the cache up to its position;
+                longer sequences must start at position 0 and attend to themselves.
+
+        Returns:
+            The attention output, and the written cache (None without a cache).
+        """
+        B, S, _ = x.shape
+        h, qk_norm = self.config.head_dim, self.config.qk_norm
+        query, key, value = self.query(x), self.key(x), self.value(x)  # [B, S, N * h]
+        if qk_norm == "full":
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = (y.reshape(B, S, -1, h) for y in (query, key, value))  # [B, S, N, h]
+        if qk_norm == "head":
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rotate(query, by), rotate(key, by)
+
+        if cache is not None:
+            cache = cache.write(positions, key, value)
+        if cache is not None and S == 1:
+            # One query: its scores are small, so XLA everywhere.
+            y = jax.nn.dot_product_attention(
+                query, cache.key, cache.value, key_value_seq_lengths=positions[:, 0] + 1, implementation="xla"
+            )
+        else:
+            y = jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                mask=None if segment_ids is None else same_segment(segment_ids),
+                is_causal=True,
+                implementation=attention_implementation(self.config),
+            )
+        return self.out(y.reshape(B, S, -1)), cache  # [B, S, D]
+
+
+def same_segment(segment_ids: Int[Array, "B S"]) -> Bool[Array, "B 1 S S"]:
+    """Computes which pairs of tokens belong to one segment."""
+    return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+
+
+def attention_implementation(config: TransformerConfig) -> Literal["cudnn", "xla"]:
+    """Picks cuDNN's flash attention where it can run, XLA (which materialises the scores) elsewhere.
+
+    Raises:
+        ValueError: If the configuration asks for cuDNN and it cannot run here.
+    """
+    obstacles = {
+        "the default backend is not an NVIDIA GPU": not _on_nvidia_gpu(),
+        f"dtype is {config.dtype}, not bfloat16 or float16": config.dtype == "float32",
+        f"head_dim is {config.head_dim}, not a multiple of 8 up to 128": config.head_dim % 8
+        or config.head_dim > 128,
+    }
+    reasons = [reason for reason, holds in obstacles.items() if holds]
+    match config.attention_implementation:
+        case "cudnn" if reasons:
+            raise ValueError(
+                f"attention_implementation='cudnn' cannot run: {'; '.join(reasons)}. Use 'auto' or 'xla'."
+            )
+        case "xla":
+            return "xla"
+        case _:
+            return "xla" if reasons else "cudnn"
+
+
+def _on_nvidia_gpu() -> bool:
+    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()

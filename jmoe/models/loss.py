@@ -1,0 +1,113 @@
+"""The language-model objective: cross entropy over the vocabulary, in chunks, and the routers' losses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from jmoe.models.transformer import Transformer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossAux:
+    """What the loss is made of, and how the routers behaved.
+
+    Attributes:
+        cross_entropy: Mean over the counted targets, in nats.
+        num_targets: Number of counted targets.
+        load_balancing_loss: Mean over the MoE layers; 1 at perfect balance.
+        router_z_loss: Mean over the MoE layers.
+        expert_load: Share of the assignments that each expert of each MoE layer got.
+        dropped_fraction: Share of the assignments that were dropped, mean over the MoE layers.
+    """
+
+    cross_entropy: Float[Array, ""]
+    num_targets: Int[Array, ""]
+    load_balancing_loss: Float[Array, ""]
+    router_z_loss: Float[Array, ""]
+    expert_load: Float[Array, "L E"]
+    dropped_fraction: Float[Array, ""]
+
+
+def language_model_loss(
+    model: Transformer,
+    tokens: Int[Array, "B S"],
+    targets: Int[Array, "B S"],
+    *,
+    mask: Bool[Array, "B S"] | None = None,
+    positions: Int[Array, "B S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+) -> tuple[Float[Array, ""], LossAux]:
+    """Computes the training objective of a language model.
+
+    `loss = cross_entropy + load_balancing_coef * load_balancing_loss + router_z_coef * router_z_loss`
+
+    The cross entropy is computed in float32, over `config.loss_chunk_size` tokens at a time, forward and backward:
+    the logits of all tokens never exist together.
+
+    Args:
+        model: The model.
+        tokens: Token ids.
+        targets: The id each token should predict; any value where it does not count.
+        mask: Which targets count; None counts all but those of padding (segment 0).
+        positions: Position of each token; see `Transformer`.
+        segment_ids: Which document each token belongs to; see `Transformer`.
+
+    Returns:
+        The loss, and its parts. Without any counted target the cross entropy is 0.
+    """
+    config = model.config
+    if mask is None:
+        mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0  # [B, S]
+    hidden, aux = model.hidden(tokens, positions=positions, segment_ids=segment_ids)  # [B, S, D]
+
+    num_targets = jnp.sum(mask)
+    cross_entropy = _total_cross_entropy(model, hidden, targets, mask) / jnp.maximum(num_targets, 1)
+    num_moe_layers = max(len(aux.load_balancing_loss), 1)
+    load_balancing_loss = jnp.sum(aux.load_balancing_loss) / num_moe_layers
+    router_z_loss = jnp.sum(aux.router_z_loss) / num_moe_layers
+
+    loss = (
+        cross_entropy
+        + config.load_balancing_coef * load_balancing_loss
+        + config.router_z_coef * router_z_loss
+    )  # fmt: skip
+    return loss, LossAux(
+        cross_entropy=cross_entropy,
+        num_targets=num_targets,
+        load_balancing_loss=load_balancing_loss,
+        router_z_loss=router_z_loss,
+        expert_load=aux.expert_load,
+        dropped_fraction=jnp.sum(aux.dropped_fraction) / num_moe_layers,
+    )
+
+
+def _total_cross_entropy(
+    model: Transformer,
+    hidden: Float[Array, "B S D"],
+    targets: Int[Array, "B S"],
+    mask: Bool[Array, "B S"],
+) -> Float[Array, ""]:
+    """Sums the cross entropy of the counted targets, a chunk of every sequence at a time.
+
+    Chunks run along the sequence so that a batch sharded over devices stays so.
+    """
+    B, S = targets.shape
+    chunk = min(max(model.config.loss_chunk_size // B, 1), S)
+    num_chunks = -(-S // chunk)
+
+    def in_chunks(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - S)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, num_chunks, chunk, *x.shape[2:]), 1, 0)  # [chunks, B, chunk, ...]
+
+    def add_chunk(total: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        hidden, targets, mask = inputs
+        logits = model.logits(hidden)  # [B, chunk, V]
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)  # [B, chunk]
+        return total + jnp.sum(cross_entropy, where=mask), None
+
+    inputs = in_chunks(hidden), in_chunks(jnp.where(mask, targets, 0)), in_chunks(mask)
+    return jax.lax.scan(jax.checkpoint(add_chunk, prevent_cse=False), jnp.zeros(()), inputs)[0]

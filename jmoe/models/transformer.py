@@ -1,0 +1,235 @@
+"""A decoder-only transformer: pre-norm layers of attention and a dense or Mixture-of-Experts MLP, scanned."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jmoe.models.attention import Attention, KVCache, Rotation, rotation
+from jmoe.models.config import LayerGroup, LayerKind, TransformerConfig
+from jmoe.models.layers import MLP, RMSNorm, logical_axes, vocabulary_matmul
+from jmoe.moe import MoE, MoEAux
+
+Cache = tuple[tuple[KVCache, ...], ...]
+"""One `KVCache` for each layer of each unit in `TransformerConfig.layer_groups`, stacked over the repeats."""
+
+
+class Layer(nnx.Module):
+    """One transformer layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: TransformerConfig, kind: LayerKind, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.embed_dim, config, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.embed_dim, config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs) if kind == "dense" else _moe(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        by: Rotation,
+        segment_ids: Int[Array, "B S"] | None,
+        cache: KVCache | None,
+    ) -> tuple[Float[Array, "B S D"], MoEAux | None, KVCache | None]:
+        """Applies the layer; a dense one returns None for the router's losses and statistics."""
+        attended, cache = self.attention(
+            self.attention_norm(x), positions, by, segment_ids=segment_ids, cache=cache
+        )  # [B, S, D]
+        x = x + attended
+        normalized = self.mlp_norm(x)
+        if isinstance(self.mlp, MLP):
+            return x + self.mlp(normalized), None, cache
+        y, aux = self.mlp(normalized, mask=None if segment_ids is None else segment_ids != 0)  # [B, S, D]
+        return x + y, aux, cache
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model whose layers run as one compiled body, scanned.
+
+    Args:
+        config: The model's shape and options.
+        rngs: Keys for the parameters, which each layer draws independently.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = _embedding(config, rngs=rngs)
+        self.units = nnx.List([_stack(config, group, rngs=rngs) for group in config.layer_groups])
+        self.final_norm = RMSNorm(config.embed_dim, config, rngs=rngs)
+        self.output_embedding = None if config.tie_embeddings else _embedding(config, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        *,
+        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[Array, "B S"] | None = None,
+    ) -> tuple[Float[Array, "B S V"], MoEAux]:
+        """Computes the logits of each next token.
+
+        Args:
+            tokens: Token ids.
+            positions: Position of each token, for RoPE; None counts from 0 along each sequence.
+            segment_ids: Which document each token belongs to, when sequences pack several: a token attends only to
+                its own segment, and tokens of segment 0 are padding, which no expert sees. None if each sequence is
+                one document.
+
+        Returns:
+            Logits in float32, and the router's losses and statistics, stacked over the MoE layers in order.
+
+        Raises:
+            ValueError: If the sequence is longer than `config.max_sequence_length`.
+        """
+        hidden, aux = self.hidden(tokens, positions=positions, segment_ids=segment_ids)
+        return self.logits(hidden), aux
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B S"],
+        *,
+        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[Array, "B S"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], MoEAux]:
+        """Computes the normalized output of the last layer; `logits` turns it into logits. Arguments as for a call."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, aux, _ = self._run(tokens, positions, segment_ids, None)
+        return hidden, aux
+
+    def hidden_with_cache(
+        self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], cache: Cache
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """Computes the normalized output of the last layer and writes the keys and values of `tokens` to the cache.
+
+        Args:
+            tokens: Token ids: either one token of each sequence (S = 1), or the start of the sequences.
+            positions: Position of each token, which is also its cache slot.
+            cache: Keys and values of all earlier positions.
+
+        Returns:
+            The output, and the cache to pass with the next token.
+        """
+        hidden, _, cache_or_none = self._run(tokens, positions, None, cache)
+        return hidden, cast(Cache, cache_or_none)
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """Allocates a cache for `batch` sequences of up to `length` tokens, in the compute dtype."""
+        config = self.config
+        shape = (batch, length, config.num_kv_heads, config.head_dim)
+
+        def empty(repeats: int) -> KVCache:
+            zeros = jnp.zeros((repeats, *shape), config.dtype)
+            return KVCache(zeros, zeros)
+
+        return tuple(tuple(empty(group.repeats) for _ in group.unit) for group in config.layer_groups)
+
+    def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        """Computes the float32 logits of the output of `hidden`."""
+        embedding = self.embedding if self.output_embedding is None else self.output_embedding
+        return vocabulary_matmul(hidden, embedding.embedding[...])
+
+    def _run(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"] | None,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "B S D"], MoEAux, Cache | None]:
+        config = self.config
+        if tokens.shape[1] > config.max_sequence_length:
+            raise ValueError(
+                f"tokens must have at most max_sequence_length = {config.max_sequence_length} columns, "
+                f"got {tokens.shape[1]}"
+            )
+        by = rotation(positions, config.head_dim, config.rope_theta)
+
+        @functools.partial(_remat, config=config)
+        def run_layer(
+            layer: Layer, x: Float[Array, "B S D"], cache: KVCache | None
+        ) -> tuple[Float[Array, "B S D"], MoEAux | None, KVCache | None]:
+            return layer(x, positions, by, segment_ids, cache)
+
+        x = self.embedding(tokens).astype(config.dtype)  # [B, S, D]
+        aux, written = _no_moe_layers(), []
+        for index, unit in enumerate(self.units):
+            graphdef, parameters = nnx.split(unit)
+
+            def run_unit(x, inputs, graphdef=graphdef):
+                parameters, unit_cache = inputs
+                unit_aux, unit_written = None, []
+                for layer, layer_cache in zip(nnx.merge(graphdef, parameters), unit_cache, strict=True):
+                    x, layer_aux, layer_cache = run_layer(layer, x, layer_cache)
+                    unit_aux = layer_aux or unit_aux
+                    unit_written.append(layer_cache)
+                return x, (unit_aux, tuple(unit_written))
+
+            unit_cache = (None,) * len(unit) if cache is None else cache[index]
+            x, (unit_aux, unit_written) = jax.lax.scan(run_unit, x, (parameters, unit_cache))
+            aux = unit_aux or aux
+            written.append(unit_written)
+        return self.final_norm(x), aux, None if cache is None else tuple(written)
+
+
+def _embedding(config: TransformerConfig, *, rngs: nnx.Rngs) -> nnx.Embed:
+    param_dtype = jnp.dtype(config.param_dtype)
+    return nnx.Embed(
+        config.vocab_size,
+        config.embed_dim,
+        # Look up first, cast after: the table itself is never copied to the compute dtype.
+        dtype=param_dtype,
+        param_dtype=param_dtype,
+        embedding_metadata=logical_axes("vocab", "embed"),
+        rngs=rngs,
+    )
+
+
+def _moe(config: TransformerConfig, *, rngs: nnx.Rngs) -> MoE:
+    return MoE(
+        config.embed_dim,
+        config.expert_hidden_dim,
+        config.num_experts,
+        config.top_k,
+        score=config.router_score,
+        score_order=config.router_score_order,
+        normalize=config.router_normalize,
+        scale=config.router_scale,
+        shared_hidden_features=config.shared_hidden_dim,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        implementation=None if config.moe_implementation == "auto" else config.moe_implementation,
+        rngs=rngs,
+    )
+
+
+def _stack(config: TransformerConfig, group: LayerGroup, *, rngs: nnx.Rngs) -> nnx.List[Layer]:
+    """Creates the layers of one unit with parameters stacked over its repeats, each drawn with a key of its own."""
+
+    @nnx.split_rngs(splits=group.repeats)
+    @functools.partial(nnx.vmap, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def create(rngs: nnx.Rngs) -> nnx.List[Layer]:
+        return nnx.List([Layer(config, kind, rngs=rngs) for kind in group.unit])
+
+    return create(rngs)
+
+
+def _remat(run_layer: Callable[..., Any], config: TransformerConfig) -> Callable[..., Any]:
+    """Recomputes in the backward pass what `config.remat` says not to keep."""
+    if config.remat == "none":
+        return run_layer
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+    # Forward and backward are loops of their own, so there is no common subexpression to protect.
+    return jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
+
+
+def _no_moe_layers() -> MoEAux:
+    """Returns the stacked losses and statistics of a model without MoE layers."""
+    return MoEAux(
+        load_balancing_loss=jnp.zeros(0),
+        router_z_loss=jnp.zeros(0),
+        expert_load=jnp.zeros((0, 0)),
+        dropped_fraction=jnp.zeros(0),
+    )
