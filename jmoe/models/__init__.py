@@ -1,8 +1,9 @@
 """Decoder-only language models with Mixture-of-Experts layers."""
 
 from jmoe.models.config import TransformerConfig
+from jmoe.models.generate import generate
 from jmoe.models.loss import LossAux, language_model_loss
 from jmoe.models.presets import PRESETS
 from jmoe.models.transformer import Transformer
 
-__all__ = ["PRESETS", "LossAux", "Transformer", "TransformerConfig", "language_model_loss"]
+__all__ = ["PRESETS", "LossAux", "Transformer", "TransformerConfig", "generate", "language_model_loss"]

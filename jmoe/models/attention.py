@@ -1,15 +1,16 @@
 """Grouped-query attention (arXiv 2305.13245) with rotary position embedding (arXiv 2104.09864)."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+import functools
+from typing import Literal, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jmoe.models.config import TransformerConfig
-from jmoe.models.layers import Projection, RMSNorm
+from jmoe.models.layers import Projection, RMSNorm, recompute
 
 
 class Rotation(NamedTuple):
@@ -19,20 +20,21 @@ class Rotation(NamedTuple):
     sin: Float[Array, "B S 1 half"]
 
 
-def rotation(positions: Int[Array, "B S"], head_dim: int, theta: float) -> Rotation:
+def rope_rotation(positions: Int[Array, "B S"], head_dim: int, theta: float) -> Rotation:
     """Computes RoPE's rotations: pair i at position p turns by `p * theta ** (-2 i / head_dim)` radians."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)  # [h / 2]
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency  # [B, S, 1, h / 2]
     return Rotation(jnp.cos(angle), jnp.sin(angle))
 
 
-def rotate(x: Float[Array, "B S N h"], by: Rotation) -> Float[Array, "B S N h"]:
+def rotate(x: Float[Array, "B S N h"], rotation: Rotation) -> Float[Array, "B S N h"]:
     """Applies RoPE in float32; features i and i + h / 2 form a pair, as in Hugging Face's models."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, S, N, h / 2] each
-    rotated = [first * by.cos - second * by.sin, second * by.cos + first * by.sin]
+    rotated = [first * rotation.cos - second * rotation.sin, second * rotation.cos + first * rotation.sin]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)  # [B, S, N, h]
 
 
+@no_type_check  # JAX also builds pytrees of things that are no arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -78,7 +80,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         positions: Int[Array, "B S"],
-        by: Rotation,
+        rotation: Rotation,
         *,
         segment_ids: Int[Array, "B S"] | None = None,
         cache: KVCache | None = None,
@@ -88,10 +90,10 @@ class Attention(nnx.Module):
         Args:
             x: Normalized activations.
             positions: The position of each token; only the cache reads them.
-            by: The rotations of `positions`.
+            rotation: The rotations of `positions`.
             segment_ids: Which document each token belongs to; None if each sequence is one document.
-            cache: Where to write the keys and values. With S = 1 the token attends to the cache up to its position;
-                longer sequences must start at position 0 and attend to themselves.
+            cache: Where to write the keys and values. With S = 1 the token attends to the cache up to its
+                position; longer sequences must start at position 0 and attend to themselves.
 
         Returns:
             The attention output, and the written cache (None without a cache).
@@ -104,30 +106,39 @@ class Attention(nnx.Module):
         query, key, value = (y.reshape(B, S, -1, h) for y in (query, key, value))  # [B, S, N, h]
         if qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate(query, by), rotate(key, by)
+        query, key = rotate(query, rotation), rotate(key, rotation)
 
         if cache is not None:
             cache = cache.write(positions, key, value)
         if cache is not None and S == 1:
-            # One query: its scores are small, so XLA everywhere.
+            # The scores of a single query are small: XLA everywhere.
             y = jax.nn.dot_product_attention(
                 query, cache.key, cache.value, key_value_seq_lengths=positions[:, 0] + 1, implementation="xla"
             )
         else:
-            y = jax.nn.dot_product_attention(
-                query,
-                key,
-                value,
-                mask=None if segment_ids is None else same_segment(segment_ids),
-                is_causal=True,
-                implementation=attention_implementation(self.config),
-            )
+            y = causal_attention(query, key, value, segment_ids, attention_implementation(self.config))
         return self.out(y.reshape(B, S, -1)), cache  # [B, S, D]
 
 
-def same_segment(segment_ids: Int[Array, "B S"]) -> Bool[Array, "B 1 S S"]:
-    """Computes which pairs of tokens belong to one segment."""
-    return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+def causal_attention(
+    query: Float[Array, "B S N h"],
+    key: Float[Array, "B S Nkv h"],
+    value: Float[Array, "B S Nkv h"],
+    segment_ids: Int[Array, "B S"] | None,
+    implementation: Literal["cudnn", "xla"],
+) -> Float[Array, "B S N h"]:
+    """Computes softmax attention of each token to itself and the earlier tokens of its segment.
+
+    The backward pass recomputes XLA's scores, [B, N, S, S], so that they exist for one layer at a time. cuDNN
+    never materialises them, but segments cost it a bias of [B, 1, S, S].
+    """
+    mask = None
+    if segment_ids is not None:
+        mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, S, S]
+    attend = functools.partial(
+        jax.nn.dot_product_attention, mask=mask, is_causal=True, implementation=implementation
+    )
+    return attend(query, key, value) if implementation == "cudnn" else recompute(attend, query, key, value)
 
 
 def attention_implementation(config: TransformerConfig) -> Literal["cudnn", "xla"]:

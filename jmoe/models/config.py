@@ -3,12 +3,15 @@
 import dataclasses
 from typing import Literal, NamedTuple, get_args
 
+from jmoe.activations import GatedActivation, PlainActivation, is_gated
+from jmoe.routing import Score, ScoreOrder
+from pallas_kernels import Implementation
+
 DType = Literal["float32", "bfloat16", "float16"]
 QKNorm = Literal["none", "head", "full"]
 Remat = Literal["none", "dots", "full"]
 AttentionImplementation = Literal["auto", "cudnn", "xla"]
-RouterScore = Literal["softmax", "sigmoid"]
-RouterScoreOrder = Literal["before_top_k", "after_top_k"]
+MoEImplementation = Literal["auto"] | Implementation
 LayerKind = Literal["dense", "moe"]
 
 
@@ -29,8 +32,8 @@ class TransformerConfig:
     """Describes a decoder-only transformer whose MLPs are dense or Mixture-of-Experts.
 
     The first `first_dense_layers` layers are dense; of those that follow, every `moe_every`-th is a MoE layer
-    (`decoder_sparse_step` of Hugging Face's Qwen models), so `first_dense_layers=0, moe_every=1` makes every layer
-    MoE and `moe_every=2` alternates dense, MoE, dense, MoE. `num_experts=0` makes every layer dense.
+    (`decoder_sparse_step` of Hugging Face's Qwen models). So by default every layer is MoE, `moe_every=2`
+    alternates dense, MoE, dense, MoE, and `num_experts=0` makes every layer dense.
 
     Attributes:
         vocab_size: Number of token ids.
@@ -46,6 +49,8 @@ class TransformerConfig:
         hidden_dim: Hidden width of a dense layer's MLP; needed only where the pattern has dense layers.
         first_dense_layers: Number of dense layers before the pattern of MoE layers starts.
         moe_every: One MoE layer in every so many layers.
+        activation: Of all MLPs: gated ("swiglu", "geglu", "reglu") or plain ("gelu", "relu", "relu_squared",
+            "silu").
         qk_norm: RMSNorm of queries and keys before RoPE: "none", over each "head" (Qwen3), or over the "full"
             width of all heads together (OLMoE).
         rope_theta: Base of the rotary position embedding's wavelengths.
@@ -60,12 +65,12 @@ class TransformerConfig:
         router_z_coef: Weight of the router z-loss.
         dtype: Compute dtype. Norms, softmax, router and losses stay in float32 whatever it is.
         param_dtype: Dtype of the parameters (the master weights).
-        remat: What the backward pass recomputes in each layer: "none" keeps all, "dots" keeps what plain matrix
-            products gave, "full" keeps the layer's input only.
+        remat: What each layer keeps for the backward pass, which recomputes the rest: with "none" all that it
+            needs, with "dots" the results of plain matrix products, with "full" only the layer's input.
         attention_implementation: "cudnn" (NVIDIA GPUs, bfloat16 or float16), "xla", or "auto": cuDNN where it
             can run.
-        moe_implementation: `implementation` of every MoE layer: "mosaic_gpu", "xla", "reference", or "auto" for
-            the best that can run.
+        moe_implementation: `implementation` of every MoE layer: "mosaic_gpu", "xla", "reference", or "auto"
+            for the best that can run.
         loss_chunk_size: Tokens whose logits over the vocabulary exist at one time in the loss.
     """
 
@@ -82,13 +87,14 @@ class TransformerConfig:
     hidden_dim: int = 0
     first_dense_layers: int = 0
     moe_every: int = 1
+    activation: GatedActivation | PlainActivation = "swiglu"
     qk_norm: QKNorm = "none"
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     max_sequence_length: int = 4096
-    router_score: RouterScore = "softmax"
-    router_score_order: RouterScoreOrder = "before_top_k"
+    router_score: Score = "softmax"
+    router_score_order: ScoreOrder = "before_top_k"
     router_normalize: bool = True
     router_scale: float = 1.0
     load_balancing_coef: float = 0.01
@@ -97,7 +103,7 @@ class TransformerConfig:
     param_dtype: DType = "float32"
     remat: Remat = "none"
     attention_implementation: AttentionImplementation = "auto"
-    moe_implementation: str = "auto"
+    moe_implementation: MoEImplementation = "auto"
     loss_chunk_size: int = 2048
 
     def __post_init__(self):
@@ -176,19 +182,20 @@ class TransformerConfig:
     def _count_layer_weights(self, experts: int) -> int:
         """Counts the entries of all layers' matrices, with so many experts in each MoE layer."""
         attention = 2 * self.embed_dim * (self.num_heads + self.num_kv_heads) * self.head_dim
-        expert_widths = experts * self.expert_hidden_dim + self.shared_hidden_dim
+        matrices = 3 if is_gated(self.activation) else 2
         mlp = {
-            "dense": 3 * self.embed_dim * self.hidden_dim,
-            "moe": self.embed_dim * self.num_experts + 3 * self.embed_dim * expert_widths,
+            "dense": matrices * self.embed_dim * self.hidden_dim,
+            "moe": self.embed_dim * self.num_experts
+            + matrices * self.embed_dim * (experts * self.expert_hidden_dim + self.shared_hidden_dim),
         }
         return sum(attention + mlp[kind] for kind in self.layer_kinds)
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Computes the floating-point operations of one training step, forward and backward, for each token.
 
-        Six for each entry of each matrix a token is multiplied with (the output projection included, the input
-        embedding not), plus `6 * S * num_heads * head_dim` a layer for causal attention (half of the S * S scores;
-        PaLM, arXiv 2204.02311, appendix B, counts them all). What remat recomputes is not counted.
+        Six for each entry of each matrix that a token is multiplied with (the output projection included, the
+        input embedding not), plus `6 * S * num_heads * head_dim` a layer for causal attention: half of the
+        S * S scores, where PaLM (arXiv 2204.02311, appendix B) counts all. Recomputation is not counted.
 
         Args:
             sequence_length: Tokens S of one sequence.
@@ -201,13 +208,15 @@ class TransformerConfig:
 
 
 _CHOICES = {
+    "activation": get_args(GatedActivation) + get_args(PlainActivation),
     "qk_norm": get_args(QKNorm),
-    "router_score": get_args(RouterScore),
-    "router_score_order": get_args(RouterScoreOrder),
+    "router_score": get_args(Score),
+    "router_score_order": get_args(ScoreOrder),
     "dtype": get_args(DType),
     "param_dtype": get_args(DType),
     "remat": get_args(Remat),
     "attention_implementation": get_args(AttentionImplementation),
+    "moe_implementation": ("auto", *get_args(Implementation)),
 }
 _COUNTS_FROM_ZERO = (
     "num_experts",

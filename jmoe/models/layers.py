@@ -1,5 +1,7 @@
-"""The parts a transformer layer shares with any other: projection, RMSNorm and the dense MLP."""
+"""The parts of a transformer beside attention and MoE: projections, RMSNorm, dense MLP, output product."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,19 +9,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jmoe.activations import activate, is_gated
 from jmoe.models.config import TransformerConfig
-
-
-def logical_axes(*names: str) -> dict[str, Any]:
-    """Returns variable metadata that names a parameter's axes for sharding, without needing a mesh."""
-    return {"out_sharding": names, "eager_sharding": False}
+from jmoe.sharding import partitioned
 
 
 class Projection(nnx.Linear):
     """A bias-free `nnx.Linear` that computes in the model's compute dtype.
 
-    Between forward and backward it keeps its input and the parameter itself, not the kernel cast to the compute
-    dtype: over a scan of layers those casts would add up to a second copy of the model.
+    Between forward and backward it keeps its input and the parameter itself, not the kernel cast to the
+    compute dtype: over a scan of layers those casts would add up to a second copy of the model.
     """
 
     def __init__(
@@ -37,17 +36,20 @@ class Projection(nnx.Linear):
             use_bias=False,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),
-            kernel_metadata=logical_axes(*axes),
+            kernel_init=partitioned(nnx.initializers.lecun_normal(), axes),
             rngs=rngs,
         )
 
-    def __call__(self, inputs: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    def __call__(self, inputs: Float[Array, "... I"], out_sharding: Any = None) -> Float[Array, "... O"]:
         """Computes `inputs @ kernel`."""
-        return jax.checkpoint(super().__call__, prevent_cse=False)(inputs)
+        return recompute(functools.partial(super().__call__, out_sharding=out_sharding), inputs)
 
 
 class RMSNorm(nnx.RMSNorm):
-    """Computes `x / sqrt(mean(x**2) + eps) * scale` over the last axis, in float32, and keeps only x for backward."""
+    """Computes `x / sqrt(mean(x**2) + eps) * scale` over the last axis, in float32.
+
+    Between forward and backward it keeps x as it came, nothing in float32.
+    """
 
     def __init__(self, features: int, config: TransformerConfig, *, rngs: nnx.Rngs):
         super().__init__(
@@ -58,33 +60,41 @@ class RMSNorm(nnx.RMSNorm):
             rngs=rngs,
         )
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def __call__(self, x: Float[Array, "... D"], mask: Array | None = None) -> Float[Array, "... D"]:
         """Normalizes x; the result has the dtype of x."""
-        return jax.checkpoint(super().__call__, prevent_cse=False)(x).astype(x.dtype)
+        return recompute(functools.partial(super().__call__, mask=mask), x).astype(x.dtype)
 
 
 class MLP(nnx.Module):
-    """The dense gated MLP (SwiGLU, arXiv 2002.05202): `(silu(x @ w_gate) * (x @ w_value)) @ w_down`.
+    """The dense MLP: `activation(x @ up) @ down`.
 
-    `up` holds `w_gate` and `w_value` side by side, gate columns first, as `w_up` of `jmoe.MoE` does.
+    A gated activation (arXiv 2002.05202) takes a `up` twice as wide, gate columns first, as in `jmoe.MoE`.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.up = Projection(config.embed_dim, 2 * config.hidden_dim, ("embed", "mlp"), config, rngs=rngs)
-        self.down = Projection(config.hidden_dim, config.embed_dim, ("mlp", "embed"), config, rngs=rngs)
+        D, F = config.embed_dim, config.hidden_dim
+        up_dim = 2 * F if is_gated(config.activation) else F
+        self.up = Projection(D, up_dim, ("embed", "mlp"), config, rngs=rngs)
+        self.down = Projection(F, D, ("mlp", "embed"), config, rngs=rngs)
+        self.activate = functools.partial(activate, config.activation)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Applies the MLP to each token."""
-        gate, value = jnp.split(self.up(x), 2, axis=-1)  # [..., F] each
-        return self.down(jax.nn.silu(gate) * value)
+        return self.down(recompute(self.activate, self.up(x)))
+
+
+def recompute(function: Callable[..., Array], *inputs: Array) -> Array:
+    """Computes `function(*inputs)`, keeping only the inputs and parameters for the backward pass."""
+    # Layers run in a scan, whose backward pass is a loop of its own: no common subexpression to protect.
+    return jax.checkpoint(function, prevent_cse=False)(*inputs)
 
 
 @jax.custom_vjp
 def vocabulary_matmul(hidden: Float[Array, "B S D"], embedding: Float[Array, "V D"]) -> Float[Array, "B S V"]:
     """Computes `hidden @ embedding.T` in float32 from operands in the dtype of `hidden`.
 
-    Its gradients multiply in the dtype of `hidden` too, where the derivative of a mixed-precision product would run
-    in float32, and the gradient of the embedding is accumulated in the embedding's own dtype.
+    Its gradients multiply in the dtype of `hidden` too, where the derivative of a mixed-precision product
+    would run in float32, and the gradient of the embedding is accumulated in the embedding's own dtype.
     """
     return jnp.einsum(
         "bsd,vd->bsv", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32

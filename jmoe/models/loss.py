@@ -1,6 +1,7 @@
 """The language-model objective: cross entropy over the vocabulary, in chunks, and the routers' losses."""
 
 import dataclasses
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jmoe.models.transformer import Transformer
 
 
+@no_type_check  # JAX also builds pytrees of other shapes and of things that are no arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossAux:
@@ -45,8 +47,8 @@ def language_model_loss(
 
     `loss = cross_entropy + load_balancing_coef * load_balancing_loss + router_z_coef * router_z_loss`
 
-    The cross entropy is computed in float32, over `config.loss_chunk_size` tokens at a time, forward and backward:
-    the logits of all tokens never exist together.
+    The cross entropy is computed in float32, over `config.loss_chunk_size` tokens at a time, forward and
+    backward: the logits of all tokens never exist together.
 
     Args:
         model: The model.

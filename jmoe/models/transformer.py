@@ -9,10 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jmoe.models.attention import Attention, KVCache, Rotation, rotation
+from jmoe.models.attention import Attention, KVCache, Rotation, rope_rotation
 from jmoe.models.config import LayerGroup, LayerKind, TransformerConfig
-from jmoe.models.layers import MLP, RMSNorm, logical_axes, vocabulary_matmul
+from jmoe.models.layers import MLP, RMSNorm, vocabulary_matmul
 from jmoe.moe import MoE, MoEAux
+from jmoe.sharding import partitioned
+
+# Variance 1 / D: tied, it gives logits of about unit variance.
+_EMBEDDING_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
 Cache = tuple[tuple[KVCache, ...], ...]
 """One `KVCache` for each layer of each unit in `TransformerConfig.layer_groups`, stacked over the repeats."""
@@ -31,13 +35,13 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         positions: Int[Array, "B S"],
-        by: Rotation,
+        rotation: Rotation,
         segment_ids: Int[Array, "B S"] | None,
         cache: KVCache | None,
     ) -> tuple[Float[Array, "B S D"], MoEAux | None, KVCache | None]:
         """Applies the layer; a dense one returns None for the router's losses and statistics."""
         attended, cache = self.attention(
-            self.attention_norm(x), positions, by, segment_ids=segment_ids, cache=cache
+            self.attention_norm(x), positions, rotation, segment_ids=segment_ids, cache=cache
         )  # [B, S, D]
         x = x + attended
         normalized = self.mlp_norm(x)
@@ -74,9 +78,9 @@ class Transformer(nnx.Module):
         Args:
             tokens: Token ids.
             positions: Position of each token, for RoPE; None counts from 0 along each sequence.
-            segment_ids: Which document each token belongs to, when sequences pack several: a token attends only to
-                its own segment, and tokens of segment 0 are padding, which no expert sees. None if each sequence is
-                one document.
+            segment_ids: Which document each token belongs to, when sequences pack several: a token attends
+                only to its own segment, and tokens of segment 0 are padding, which no expert sees. None if
+                each sequence is one document.
 
         Returns:
             Logits in float32, and the router's losses and statistics, stacked over the MoE layers in order.
@@ -94,7 +98,10 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], MoEAux]:
-        """Computes the normalized output of the last layer; `logits` turns it into logits. Arguments as for a call."""
+        """Computes the normalized output of the last layer, which `logits` turns into logits.
+
+        Arguments and errors are those of calling the model; the second result too.
+        """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden, aux, _ = self._run(tokens, positions, segment_ids, None)
@@ -103,7 +110,7 @@ class Transformer(nnx.Module):
     def hidden_with_cache(
         self, tokens: Int[Array, "B S"], positions: Int[Array, "B S"], cache: Cache
     ) -> tuple[Float[Array, "B S D"], Cache]:
-        """Computes the normalized output of the last layer and writes the keys and values of `tokens` to the cache.
+        """Computes the normalized output of the last layer, and writes keys and values to the cache.
 
         Args:
             tokens: Token ids: either one token of each sequence (S = 1), or the start of the sequences.
@@ -145,13 +152,13 @@ class Transformer(nnx.Module):
                 f"tokens must have at most max_sequence_length = {config.max_sequence_length} columns, "
                 f"got {tokens.shape[1]}"
             )
-        by = rotation(positions, config.head_dim, config.rope_theta)
+        rotation = rope_rotation(positions, config.head_dim, config.rope_theta)
 
         @functools.partial(_remat, config=config)
         def run_layer(
             layer: Layer, x: Float[Array, "B S D"], cache: KVCache | None
         ) -> tuple[Float[Array, "B S D"], MoEAux | None, KVCache | None]:
-            return layer(x, positions, by, segment_ids, cache)
+            return layer(x, positions, rotation, segment_ids, cache)
 
         x = self.embedding(tokens).astype(config.dtype)  # [B, S, D]
         aux, written = _no_moe_layers(), []
@@ -163,13 +170,13 @@ class Transformer(nnx.Module):
                 unit_aux, unit_written = None, []
                 for layer, layer_cache in zip(nnx.merge(graphdef, parameters), unit_cache, strict=True):
                     x, layer_aux, layer_cache = run_layer(layer, x, layer_cache)
-                    unit_aux = layer_aux or unit_aux
+                    unit_aux = unit_aux if layer_aux is None else layer_aux
                     unit_written.append(layer_cache)
                 return x, (unit_aux, tuple(unit_written))
 
             unit_cache = (None,) * len(unit) if cache is None else cache[index]
             x, (unit_aux, unit_written) = jax.lax.scan(run_unit, x, (parameters, unit_cache))
-            aux = unit_aux or aux
+            aux = aux if unit_aux is None else unit_aux
             written.append(unit_written)
         return self.final_norm(x), aux, None if cache is None else tuple(written)
 
@@ -182,7 +189,7 @@ def _embedding(config: TransformerConfig, *, rngs: nnx.Rngs) -> nnx.Embed:
         # Look up first, cast after: the table itself is never copied to the compute dtype.
         dtype=param_dtype,
         param_dtype=param_dtype,
-        embedding_metadata=logical_axes("vocab", "embed"),
+        embedding_init=partitioned(_EMBEDDING_INIT, ("vocab", "embed")),
         rngs=rngs,
     )
 
@@ -193,6 +200,7 @@ def _moe(config: TransformerConfig, *, rngs: nnx.Rngs) -> MoE:
         config.expert_hidden_dim,
         config.num_experts,
         config.top_k,
+        activation=config.activation,
         score=config.router_score,
         score_order=config.router_score_order,
         normalize=config.router_normalize,
@@ -206,7 +214,7 @@ def _moe(config: TransformerConfig, *, rngs: nnx.Rngs) -> MoE:
 
 
 def _stack(config: TransformerConfig, group: LayerGroup, *, rngs: nnx.Rngs) -> nnx.List[Layer]:
-    """Creates the layers of one unit with parameters stacked over its repeats, each drawn with a key of its own."""
+    """Creates the layers of one unit, parameters stacked over its repeats and each drawn with its own key."""
 
     @nnx.split_rngs(splits=group.repeats)
     @functools.partial(nnx.vmap, transform_metadata={nnx.PARTITION_NAME: "layers"})
