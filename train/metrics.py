@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class MetricsWriter:
         """
         arrays = {name: np.asarray(value) for name, value in values.items()}
         now = time.time()
-        record = {"step": int(step), "time": round(now, 3)} | {k: v.tolist() for k, v in arrays.items()}
+        record = {"step": step, "time": round(now, 3)} | {k: v.tolist() for k, v in arrays.items()}
         self._lines.write(json.dumps(record).encode() + b"\n")
         self._lines.flush()
         for name, value in arrays.items():
@@ -78,7 +79,7 @@ class MetricsWriter:
                 entry = summary.histogram(name, value.ravel(), bins="auto")
             else:
                 continue  # TensorBoard has no histogram of NaN; the JSON line has the values.
-            self._events.write_event(_Event(wall_time=now, step=int(step), summary=entry))
+            self._events.write_event(_Event(wall_time=now, step=step, summary=entry))
 
     def flush(self) -> None:
         """Writes everything to the disk itself."""
@@ -87,8 +88,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._events.close()
-        self._lines.close()
+        # Both are closed even if the first fails.
+        with closing(self._lines), closing(self._events):
+            pass
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:

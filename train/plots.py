@@ -52,12 +52,13 @@ def plot_losses(run_dir: Path | str, baselines: Mapping[str, float] | None = Non
         )
 
     # The first steps fall from 8 bits: they leave the picture where they would flatten everything else.
-    shown = np.concatenate([losses, validation, list(baselines.values())])
-    settled = np.concatenate([losses[len(losses) // 20 :], validation[1:], list(baselines.values())])
-    bottom, top = shown.min(), settled.max()
-    margin = 0.06 * max(top - bottom, 0.1)
-    axes.set_ylim(bottom - margin, top + margin)
-    axes.set_xlim(0, steps[-1] or 1)
+    lines = list(baselines.values())
+    settled = _finite(losses[len(losses) // 20 :], validation[1:], lines)
+    if settled.size:  # A diverged run may hold no number at all.
+        bottom, top = _finite(losses, validation, lines).min(), settled.max()
+        margin = 0.06 * max(top - bottom, 0.1)
+        axes.set_ylim(bottom - margin, top + margin)
+    axes.set_xlim(0, 1.01 * max(steps[-1], 1))
     axes.xaxis.set_major_locator(_step_ticks(9))
     axes.set_xlabel("training step")
     axes.set_ylabel("bits per byte")
@@ -125,6 +126,11 @@ def _series(run_dir: Path | str, name: str, *, required: bool = True) -> tuple[n
 
 def _step_ticks(most: int) -> MaxNLocator:
     return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10])
+
+
+def _finite(*values: np.ndarray | list[float]) -> np.ndarray:
+    joined = np.concatenate(values)
+    return joined[np.isfinite(joined)]
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

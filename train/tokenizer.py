@@ -1,12 +1,12 @@
 """Text to token ids and back: raw bytes by default, or any tokenizer of the `tokenizers` library."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int32
+from jaxtyping import Int32, Integer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -16,6 +16,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 # How the published tokenizers call the token that ends a document, the most specific first.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>")
+
+Ids = Sequence[int | np.integer] | Integer[np.ndarray, " S"]
 
 
 @runtime_checkable
@@ -34,7 +36,7 @@ class Tokenizer(Protocol):
         """Token ids of `text`, without any special token."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Ids) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, and end-of-text tokens vanish."""
         ...
 
@@ -57,9 +59,9 @@ class ByteTokenizer:
         """UTF-8 bytes of `text` as ids 0..255."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Ids) -> str:
         """Text of the bytes `ids`; what is not UTF-8 becomes U+FFFD, and end-of-text tokens vanish."""
-        return bytes(int(i) for i in ids if i != self.end_of_text).decode(errors="replace")
+        return bytes(_without(self.end_of_text, ids)).decode(errors="replace")
 
 
 class _FileTokenizer:
@@ -82,9 +84,12 @@ class _FileTokenizer:
     def encode(self, text: str) -> Int32[np.ndarray, " S"]:
         return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        kept = [int(i) for i in ids if i != self.end_of_text]
-        return self._inner.decode(kept, skip_special_tokens=False)
+    def decode(self, ids: Ids) -> str:
+        return self._inner.decode(_without(self.end_of_text, ids), skip_special_tokens=False)
+
+
+def _without(end_of_text: int, ids: Ids) -> list[int]:
+    return [i for i in np.asarray(ids).tolist() if i != end_of_text]
 
 
 def load_tokenizer(path: str | None = None) -> Tokenizer:
