@@ -1,0 +1,44 @@
+"""Ctrl-C and the termination signal, turned into a request that the training loop sees between two steps."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+
+class StopRequest:
+    """While entered, notes SIGINT and SIGTERM instead of dying of them; a second one has its usual effect.
+
+    Attributes:
+        signal: The signal that was caught, or None.
+
+    Example:
+        >>> with StopRequest() as stop:
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     stop.signal.name
+        'SIGTERM'
+    """
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What shells report for a process that died of the signal: 128 plus its number; 0 without one."""
+        return 128 + self.signal if self.signal else 0
+
+    def __enter__(self) -> Self:
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,125 @@
+"""The training state and the one compiled step that advances it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int32, PyTree
+
+from jmoe.models import Transformer, TransformerConfig, language_model_loss
+from train.data import Batch
+
+Params = PyTree[Float[Array, "..."]]
+Metrics = dict[str, Float[Array, "..."]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step reads and changes. A step draws no random numbers, so there is no key among it.
+
+    Attributes:
+        step: Updates done so far.
+        params: Master weights: nested dicts of arrays in the model's `param_dtype`.
+        opt_state: State of the Optax transformation.
+    """
+
+    step: Int32[Array, ""]
+    params: Params
+    opt_state: optax.OptState
+
+
+def init_params(config: TransformerConfig, seed: int) -> Params:
+    """Draws the parameters of a model."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(seed)), nnx.Param))
+
+
+def init_state(config: TransformerConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """Draws the parameters and makes the optimizer's state for step 0.
+
+    Args:
+        config: The transformer.
+        optimizer: Whose state is made.
+        seed: Seed of the parameters.
+    """
+    params = init_params(config, seed)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def graph_of(config: TransformerConfig) -> nnx.GraphDef[Transformer]:
+    """The model without its parameters: `nnx.merge` puts the two together."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+
+
+def shapes_of[T](make: Callable[[], T]) -> T:
+    """Shapes and dtypes of the arrays that `make` would make, on this process's first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), jax.eval_shape(make)
+    )
+
+
+def make_train_step(
+    graph: nnx.GraphDef[Transformer],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    accumulation_steps: int = 1,
+) -> jax.stages.Wrapped:
+    """One update of the parameters from one batch, under `jax.jit`.
+
+    The objective is the cross-entropy per target plus the weighted router losses, as `language_model_loss`
+    gives it. The batch is cut into `accumulation_steps` parts along B; each part's loss weighs by its share
+    of the targets, so the sum of their gradients is that of the whole batch whatever is padded. A scan inside
+    the step, rather than `optax.MultiSteps`, keeps a step one update: the accumulator is no part of the
+    state, every checkpoint falls between two updates, and the weights by targets are known before the first
+    part.
+
+    Args:
+        graph: The model without its parameters.
+        optimizer: What turns gradients into updates.
+        schedule: The optimizer's learning rate, to report.
+        accumulation_steps: Parts of a batch.
+
+    Returns:
+        A function of the state (whose buffers it takes over) and a batch, that returns the new state and
+        metrics: `loss` (the objective), `cross_entropy` (nats per target), `load_balancing_loss`,
+        `router_z_loss`, `expert_load` [L, E], `dropped_fraction`, `gradient_norm` (before clipping) and
+        `learning_rate`.
+    """
+
+    def objective(params: Params, part: Batch, num_targets: Array) -> tuple[Array, Metrics]:
+        loss, aux = language_model_loss(nnx.merge(graph, params), **part)
+        metrics = {
+            "loss": loss,
+            "cross_entropy": aux.cross_entropy,
+            "load_balancing_loss": aux.load_balancing_loss,
+            "router_z_loss": aux.router_z_loss,
+            "expert_load": aux.expert_load,
+            "dropped_fraction": aux.dropped_fraction,
+        }
+        metrics = jax.tree.map(lambda value: value * (aux.num_targets / num_targets), metrics)
+        return metrics["loss"], metrics
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        num_targets = batch["mask"].sum()
+        parts = jax.tree.map(lambda a: a.reshape(accumulation_steps, -1, *a.shape[1:]), batch)
+        differentiate = jax.grad(objective, has_aux=True)
+
+        def add_part(sums, part):
+            return jax.tree.map(jnp.add, sums, differentiate(state.params, part, num_targets)), None
+
+        first = jax.tree.map(lambda a: a[0], parts)
+        zeros = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, a.dtype),
+            jax.eval_shape(differentiate, state.params, first, num_targets),
+        )
+        (gradients, metrics), _ = jax.lax.scan(add_part, zeros, parts)
+
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        metrics |= {"gradient_norm": optax.global_norm(gradients), "learning_rate": schedule(state.step)}
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
