@@ -1,1 +1,31 @@
-"""jmoe."""
+"""Dropless Mixture-of-Experts for JAX: routing, dispatch, expert MLPs and the layer around them."""
+
+from jmoe import linen
+from jmoe.activations import Activation
+from jmoe.debug import debug_checks
+from jmoe.dispatch import Dispatch, make_dispatch
+from jmoe.losses import expert_load, load_balancing_loss, router_z_loss
+from jmoe.mlp import moe_mlp
+from jmoe.moe import MoE, MoEAux
+from jmoe.routing import Assignments, Routing, route_top_k
+from jmoe.sharding import LOGICAL_AXIS_RULES, named_sharding, partition_spec
+
+__all__ = [
+    "LOGICAL_AXIS_RULES",
+    "Activation",
+    "Assignments",
+    "Dispatch",
+    "MoE",
+    "MoEAux",
+    "Routing",
+    "debug_checks",
+    "expert_load",
+    "linen",
+    "load_balancing_loss",
+    "make_dispatch",
+    "moe_mlp",
+    "named_sharding",
+    "partition_spec",
+    "route_top_k",
+    "router_z_loss",
+]

@@ -1,0 +1,76 @@
+"""Combine and group sums: the two reductions of rows around the grouped matmuls, in a fixed order without atomics."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from jmoe.dispatch import Dispatch
+from pallas_kernels import make_block_schedule
+
+
+def combine(
+    rows: Float[Array, "R D"],
+    weight: Float[Array, "*_"] | None,
+    dispatch: Dispatch,
+    num_tokens: int,
+) -> Float[Array, "T D"]:
+    """Sums the rows of each token, weighted: `y[t] = sum_k weight[t, k] * rows[position[t, k]]`.
+
+    The sum is taken in float32 (float64 for float64 rows), a token's assignments in their order (from
+    `Assignments`: in the order of their experts). Absent ones add nothing, even where their row or weight is NaN.
+
+    Args:
+        rows: [R, D], sorted by expert.
+        weight: [T, K] or [R], by assignment; None for a plain sum.
+        dispatch: where the rows are.
+        num_tokens: T.
+
+    Returns:
+        [T, D] in the dtype of `rows`.
+    """
+    sum_rows = _combine_slots if dispatch.position.ndim == 2 else _combine_flat
+    return sum_rows(rows, weight, dispatch, num_tokens).astype(rows.dtype)
+
+
+def _combine_slots(rows, weight, dispatch, num_tokens):
+    del num_tokens
+    terms = rows[dispatch.position].astype(jnp.promote_types(rows.dtype, jnp.float32))
+    if weight is not None:
+        terms = weight[..., None] * terms
+    present = dispatch.position < dispatch.group_sizes.sum()
+    return jnp.where(present[..., None], terms, 0).sum(axis=1)
+
+
+def _combine_flat(rows, weight, dispatch, num_tokens):
+    """Adds the first rows of all tokens, then the second ones, for as long as any token has one more."""
+    num_rows = dispatch.token_index.size
+    row_index = jnp.arange(num_rows, dtype=jnp.int32)
+    token = jnp.where(row_index < dispatch.group_sizes.sum(), dispatch.token_index, num_tokens)
+    _, by_token = lax.sort((token, row_index), num_keys=1, is_stable=True)
+    count = jnp.zeros(num_tokens, jnp.int32).at[token].add(1, mode="drop")
+    start = jnp.cumsum(count) - count
+    row_weight = None if weight is None else dispatch.to_rows(weight)
+
+    def add_next(k, total):
+        row = by_token.at[start + k].get(mode="clip")
+        term = rows[row].astype(total.dtype)
+        if row_weight is not None:
+            term = row_weight[row][:, None] * term
+        return total + jnp.where((k < count)[:, None], term, 0)
+
+    total = jnp.zeros((num_tokens, rows.shape[1]), jnp.promote_types(rows.dtype, jnp.float32))
+    return lax.fori_loop(0, count.max(initial=0), add_next, total)
+
+
+def group_sum(rows: Float[Array, "R N"], group_sizes: Int32[Array, " E"]) -> Float[Array, "E N"]:
+    """Sums the rows of each group, in float32 or better: the gradient of a bias. Rows past the last group never enter."""
+    block_rows = 128
+    schedule = make_block_schedule(group_sizes, num_rows=rows.shape[0], block_rows=block_rows)
+    offset = jnp.arange(block_rows, dtype=jnp.int32)
+    block = rows.at[schedule.start[:, None] + offset].get(mode="clip")
+    block = block.astype(jnp.promote_types(rows.dtype, jnp.float32))
+    in_block = offset < schedule.size[:, None]
+    block_sum = jnp.where(in_block[:, :, None], block, 0).sum(axis=1)
+    # Padding blocks sum to zero, whatever group they name. A selection, because NaN times zero would reach all groups.
+    in_group = schedule.group == jnp.arange(group_sizes.size, dtype=jnp.int32)[:, None]
+    return jnp.where(in_group[:, :, None], block_sum, 0).sum(axis=1)

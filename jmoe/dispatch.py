@@ -1,0 +1,110 @@
+"""Dispatch: the assignments sorted by expert, so that each expert's rows lie together."""
+
+import dataclasses
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32, Shaped
+
+from jmoe.debug import check
+from jmoe.routing import ABSENT, Assignments, Routing, count_assignments, is_present
+
+
+@no_type_check  # JAX also builds pytrees of other shapes and of things that are no arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+    """R rows, one for each assignment, sorted by expert; the rows of absent assignments come last.
+
+    Attributes:
+        token_index: int32[R], the token of each row. Of an absent row's token nothing is promised.
+        slot: int32[R], which of its token's K assignments each row is; from `Assignments`, which of the R.
+        expert_index: int32[R], the expert of each row, in ascending order; E in absent rows.
+        position: int32[T, K], the row of each assignment; int32[R] from `Assignments`. The inverse of the sort.
+        group_sizes: int32[E], the rows of each expert.
+    """
+
+    token_index: Int32[Array, " R"]
+    slot: Int32[Array, " R"]
+    expert_index: Int32[Array, " R"]
+    position: Int32[Array, "T K"] | Int32[Array, " R"]
+    group_sizes: Int32[Array, " E"]
+
+    def to_rows(self, of_assignments: Shaped[Array, "*_"]) -> Shaped[Array, " R"]:
+        """Sorts values of the assignments, [T, K] or [R], into the order of the rows."""
+        if self.position.ndim == 1:
+            return of_assignments[self.slot]
+        return of_assignments[self.token_index, self.slot]
+
+    def from_rows(self, of_rows: Shaped[Array, " R"]) -> Shaped[Array, "*_"]:
+        """Puts values of the rows back into the order of the assignments, with zeros for absent ones."""
+        return jnp.where(self.position < self.group_sizes.sum(), of_rows[self.position], 0)
+
+
+def make_dispatch(routing: Routing | Assignments, num_experts: int) -> Dispatch:
+    """Sorts the assignments by expert; those of one expert keep their order.
+
+    This replaces the permuted, padded copy of the tokens that a capacity needs: kernels read the rows of a token
+    where they are (ScatterMoE, arXiv 2403.08245, section 3.1). No assignment is dropped, whatever the routing.
+
+    Args:
+        routing: the assignments. Absent ones sort behind every expert's rows and belong to no group.
+            `jmoe.debug_checks()` reports indices outside [0, E) that are not -1.
+        num_experts: E.
+
+    Returns:
+        A `Dispatch`.
+
+    Raises:
+        ValueError: the arrays of `routing` do not fit each other, or `num_experts` is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> dispatch = make_dispatch(Routing(jnp.array([[2, 0], [0, -1]]), jnp.ones((2, 2))), 3)
+        >>> dispatch.token_index.tolist(), dispatch.group_sizes.tolist(), dispatch.position.tolist()
+        ([0, 1, 0, 1], [2, 0, 1], [[2, 0], [1, 3]])
+    """
+    if num_experts < 1:
+        raise ValueError(f"num_experts is {num_experts}; it must be at least 1.")
+    check_routing(routing)
+    present = is_present(routing.expert_index, num_experts)
+    check(
+        present | (routing.expert_index == ABSENT),
+        "expert_index lies between {low} and {high}; it must be in [0, E), or -1 where absent",
+        low=routing.expert_index.min(initial=0),
+        high=routing.expert_index.max(initial=0),
+    )
+
+    shape = routing.expert_index.shape
+    expert_index = jnp.where(present, routing.expert_index, num_experts).astype(jnp.int32)
+    assignment = jnp.arange(expert_index.size, dtype=jnp.int32)
+    expert_index, order = jax.lax.sort((expert_index.ravel(), assignment), num_keys=1, is_stable=True)
+    position = jnp.zeros_like(order).at[order].set(assignment, unique_indices=True).reshape(shape)
+    if isinstance(routing, Routing):
+        token_index, slot = jnp.divmod(order, shape[1])
+    else:
+        token_index, slot = routing.token_index.astype(jnp.int32)[order], order
+    return Dispatch(token_index, slot, expert_index, position, count_assignments(expert_index, num_experts))
+
+
+def check_routing(routing: Routing | Assignments) -> None:
+    """Raises a ValueError where the arrays of a routing do not fit each other."""
+    if not isinstance(routing, Routing | Assignments):
+        raise ValueError(
+            f"routing is a {type(routing).__name__}; it must be a jmoe.Routing or jmoe.Assignments."
+        )
+    layout = "[T, K]" if isinstance(routing, Routing) else "[R]"
+    rank = 2 if isinstance(routing, Routing) else 1
+    for field in dataclasses.fields(routing):
+        array = getattr(routing, field.name)
+        kind = jnp.floating if field.name == "weight" else jnp.integer
+        if (
+            array.ndim != rank
+            or array.shape != routing.expert_index.shape
+            or not jnp.issubdtype(array.dtype, kind)
+        ):
+            raise ValueError(
+                f"routing.{field.name} is {array.dtype}{list(array.shape)}; it must be {kind.__name__} {layout}, with "
+                f"the shape of expert_index, {list(routing.expert_index.shape)}."
+            )

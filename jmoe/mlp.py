@@ -1,0 +1,270 @@
+"""The expert MLPs of an MoE layer as one function, with a backward that keeps only x and the pre-activations."""
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jmoe.activations import Activation, activate, is_gated
+from jmoe.combine import combine, group_sum
+from jmoe.debug import check
+from jmoe.dispatch import Dispatch, check_routing, make_dispatch
+from jmoe.routing import Assignments, Routing, is_present
+from pallas_kernels import Implementation, grouped_matmul, grouped_weight_gradient
+
+WeightOn = Literal["output", "input"]
+
+
+def moe_mlp(
+    x: Float[Array, "T D"],
+    w_up: Float[Array, "E D H"],
+    w_down: Float[Array, "E F D"],
+    routing: Routing | Assignments,
+    *,
+    activation: Activation = "swiglu",
+    b_up: Float[Array, "E H"] | None = None,
+    b_down: Float[Array, "E D"] | None = None,
+    weight_on: WeightOn = "output",
+    implementation: Implementation | None = None,
+) -> Float[Array, "T D"]:
+    """Computes the weighted sum of each token's expert MLPs; no token is dropped, whatever the routing.
+
+    `y[t] = sum_k w[t, k] * (act(x[t] @ w_up[e] + b_up[e]) @ w_down[e] + b_down[e])` with `e = expert_index[t, k]`.
+
+    Between forward and backward it keeps x, the pre-activations [R, H] and integers; the backward recomputes the
+    rest and gets the routing weights' gradients without the experts' outputs (SonicMoE, arXiv 2512.14080,
+    section 3). Differentiable once, in reverse mode, in x, the four parameters and the routing weights. The same
+    inputs on the same device give the same bits.
+
+    Args:
+        x: [T, D]. Its dtype is that of the computation; sums are taken in float32 (float64 for float64).
+        w_up: [E, D, 2F] for a gated activation, gate columns first; [E, D, F] for a plain one. Cast to x's dtype
+            inside, so that master weights can be passed as they are; its gradient has its own dtype.
+        w_down: [E, F, D]; the same.
+        routing: the experts of each token. A token with no present assignment gets zeros.
+        activation: gated "swiglu", "geglu", "reglu"; plain "gelu", "relu", "relu_squared", "silu", or any function
+            of an array, applied element by element (a plain one; it may not close over traced arrays).
+        b_up: [E, 2F] or [E, F], added before the activation.
+        b_down: [E, D], added to the expert's output, so that it is weighted too.
+        weight_on: what the routing weight multiplies, the expert's "output" or its "input" (Llama 4).
+        implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`.
+
+    Returns:
+        [T, D] in x's dtype.
+
+    Raises:
+        ValueError: an argument's shape, dtype or name does not fit; the message says what it must be.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, w_up, w_down = jnp.ones((3, 2)), jnp.ones((4, 2, 5)), jnp.ones((4, 5, 2))
+        >>> routing = Routing(jnp.array([[0], [3], [-1]]), jnp.array([[1.0], [0.5], [1.0]]))
+        >>> moe_mlp(x, w_up, w_down, routing, activation="relu").tolist()
+        [[10.0, 10.0], [5.0, 5.0], [0.0, 0.0]]
+    """
+    parameters = ExpertParameters(w_up, w_down, b_up, b_down)
+    _check_arguments(x, parameters, routing, activation, weight_on)
+    if isinstance(routing, Assignments):
+        in_range = (routing.token_index >= 0) & (routing.token_index < x.shape[0])
+        present = is_present(routing.expert_index, w_up.shape[0])
+        check(in_range | ~present, "token_index of a present assignment is outside [0, T)")
+        routing = routing.where(in_range)
+    check(
+        jnp.isfinite(routing.weight) | ~is_present(routing.expert_index, w_up.shape[0]),
+        "the routing weight of a present assignment is not finite",
+    )
+    options = _Options(activation, weight_on, implementation)
+    return _moe_mlp(options, x, parameters, routing.weight, make_dispatch(routing, w_up.shape[0]))
+
+
+class ExpertParameters(NamedTuple):
+    """The parameters of E expert MLPs, in the shapes of `moe_mlp`."""
+
+    w_up: Float[Array, "E D H"]
+    w_down: Float[Array, "E F D"]
+    b_up: Float[Array, "E H"] | None = None
+    b_down: Float[Array, "E D"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    activation: Activation
+    weight_on: WeightOn
+    implementation: Implementation | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _moe_mlp(
+    options: _Options, x: Array, parameters: ExpertParameters, weight: Array, dispatch: Dispatch
+) -> Array:
+    y, _ = _forward(options, x, parameters, weight, dispatch)
+    return y
+
+
+def _forward(options, x, parameters, weight, dispatch):
+    h = _up(options, x, parameters, weight, dispatch)  # [R, H]
+    a = activate(options.activation, _accumulator(h)).astype(x.dtype)  # [R, F]
+    y_rows = _down(options, a, parameters, dispatch)  # [R, D]
+    y = combine(y_rows, weight if options.weight_on == "output" else None, dispatch, x.shape[0])  # [T, D]
+    # The parameters as they came: a copy in the compute dtype would live until the backward.
+    return y, (x, parameters, weight, dispatch, h)
+
+
+def _backward(options, residuals, dy):
+    x, parameters, weight, dispatch, h = residuals
+    # The backward repeats gathers and casts of the forward. Without the barrier XLA would see that, compute them once
+    # and keep them from forward to backward.
+    x, parameters, weight, h, dy = lax.optimization_barrier((x, parameters, weight, h, dy))
+    dy_rows = _gather(dy, dispatch)  # [R, D]
+    dh, a, dweight = _down_input_gradient(
+        options, dy_rows, h, parameters, weight, dispatch
+    )  # [R, H], [R, F], [R]
+    dw_down = _weight_gradient(options, a, dy_rows, parameters.w_down, dispatch)  # [E, F, D]
+    db_down = _down_bias_gradient(options, dy_rows, parameters, weight, dispatch)  # [E, D]
+
+    x_rows = _gather(x, dispatch)  # [R, D]
+    dx_rows = _matmul(options, dh, parameters.w_up, dispatch, transpose_rhs=True)  # [R, D]
+    db_up = (
+        None if parameters.b_up is None else group_sum(dh, dispatch.group_sizes).astype(parameters.b_up.dtype)
+    )
+    if options.weight_on == "input":
+        dweight = jnp.sum(_accumulator(x_rows) * _accumulator(dx_rows), axis=1)
+        dx = combine(dx_rows, weight, dispatch, x.shape[0])
+        dh = _scale(dh, weight, dispatch)
+    else:
+        dx = combine(dx_rows, None, dispatch, x.shape[0])
+    dw_up = _weight_gradient(options, x_rows, dh, parameters.w_up, dispatch)  # [E, D, H]
+
+    parameter_gradients = ExpertParameters(dw_up, dw_down, db_up, db_down)
+    return dx, parameter_gradients, dispatch.from_rows(dweight).astype(weight.dtype), None
+
+
+_moe_mlp.defvjp(_forward, _backward)
+
+
+def _up(options, x, parameters, weight, dispatch):
+    """Gathers the rows of x and computes the pre-activations."""
+    exact = options.weight_on == "input" or parameters.b_up is not None
+    dtype = _accumulator_dtype(x) if exact else x.dtype
+    h = _matmul(options, _gather(x, dispatch), parameters.w_up, dispatch, dtype=dtype)
+    if options.weight_on == "input":
+        # After the matmul, where the product is still in float32: (w x) W = w (x W).
+        h = _scale(h, weight, dispatch)
+    if parameters.b_up is not None:
+        h += _of_rows(parameters.b_up, dispatch)
+    return h.astype(x.dtype)
+
+
+def _down(options, a, parameters, dispatch):
+    """Computes the experts' outputs, one row for each assignment."""
+    if parameters.b_down is None:
+        return _matmul(options, a, parameters.w_down, dispatch)
+    y_rows = _matmul(options, a, parameters.w_down, dispatch, dtype=_accumulator_dtype(a))
+    return (y_rows + _of_rows(parameters.b_down, dispatch)).astype(a.dtype)
+
+
+def _down_input_gradient(options, dy_rows, h, parameters, weight, dispatch):
+    """Goes back through the down-projection and the activation.
+
+    Returns the gradient of the pre-activations, the activations that the gradient of w_down needs, and the gradient
+    of the weights on the output, `<dy, v> = <dy @ w_down^T, a> + <dy, b_down>` for an expert output v.
+    """
+    da = _accumulator(_matmul(options, dy_rows, parameters.w_down, dispatch, transpose_rhs=True))  # [R, F]
+    a, pull_back = jax.vjp(functools.partial(activate, options.activation), _accumulator(h))
+    dweight = None
+    if options.weight_on == "output":
+        dweight = jnp.sum(da * a, axis=1)
+        if parameters.b_down is not None:
+            dweight += jnp.sum(_accumulator(dy_rows) * _of_rows(parameters.b_down, dispatch), axis=1)
+        da, a = _scale(da, weight, dispatch), _scale(a, weight, dispatch)
+    (dh,) = pull_back(da)
+    return dh.astype(h.dtype), a.astype(h.dtype), dweight
+
+
+def _down_bias_gradient(options, dy_rows, parameters, weight, dispatch):
+    if parameters.b_down is None:
+        return None
+    rows = _accumulator(dy_rows)
+    if options.weight_on == "output":
+        rows = _scale(rows, weight, dispatch)
+    return group_sum(rows, dispatch.group_sizes).astype(parameters.b_down.dtype)
+
+
+def _matmul(options, rows, weights, dispatch, *, dtype=None, transpose_rhs=False):
+    return grouped_matmul(
+        rows,
+        weights.astype(rows.dtype),
+        dispatch.group_sizes,
+        preferred_element_type=dtype,
+        transpose_rhs=transpose_rhs,
+        implementation=options.implementation,
+    )
+
+
+def _weight_gradient(options, rows, out_grad, weights, dispatch):
+    return grouped_weight_gradient(
+        rows,
+        out_grad,
+        dispatch.group_sizes,
+        preferred_element_type=weights.dtype,
+        implementation=options.implementation,
+    )
+
+
+def _gather(tokens, dispatch):
+    """Reads the token of each row. Absent rows read some token or other: their result is never used."""
+    return tokens.at[dispatch.token_index].get(mode="clip")
+
+
+def _of_rows(per_expert, dispatch):
+    return _accumulator(per_expert).at[dispatch.expert_index].get(mode="clip")
+
+
+def _scale(rows, weight, dispatch):
+    return (dispatch.to_rows(weight)[:, None] * _accumulator(rows)).astype(rows.dtype)
+
+
+def _accumulator_dtype(array):
+    return jnp.promote_types(array.dtype, jnp.float32)
+
+
+def _accumulator(array):
+    return array.astype(_accumulator_dtype(array))
+
+
+def _check_arguments(x, parameters, routing, activation, weight_on):
+    if weight_on not in ("output", "input"):
+        raise ValueError(f"weight_on is {weight_on!r}; it must be 'output' or 'input'.")
+    gated = is_gated(activation)
+    check_routing(routing)
+    _check_array("x", x, ("T", "D"), {})
+    num_tokens, features = x.shape
+    if isinstance(routing, Routing) and routing.expert_index.shape[0] != num_tokens:
+        raise ValueError(
+            f"routing is for {routing.expert_index.shape[0]} tokens and x has {num_tokens}; they must agree."
+        )
+    _check_array("w_down", parameters.w_down, ("E", "F", "D"), {"D": features})
+    num_experts, hidden, _ = parameters.w_down.shape
+    width = "2F" if gated else "F"
+    sizes = {"E": num_experts, "D": features, "F": hidden, "2F": 2 * hidden}
+    remedy = f" ({activation} is gated: gate columns first, then as many up columns)" if gated else ""
+    _check_array("w_up", parameters.w_up, ("E", "D", width), sizes, remedy)
+    if parameters.b_up is not None:
+        _check_array("b_up", parameters.b_up, ("E", width), sizes, remedy)
+    if parameters.b_down is not None:
+        _check_array("b_down", parameters.b_down, ("E", "D"), sizes)
+
+
+def _check_array(name, array, layout, sizes, remedy=""):
+    fits = array.ndim == len(layout) and all(
+        sizes.get(d, s) == s for d, s in zip(layout, array.shape, strict=True)
+    )
+    if not fits or not jnp.issubdtype(array.dtype, jnp.floating):
+        expected = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in layout)
+        raise ValueError(
+            f"{name} is {array.dtype}{list(array.shape)}; it must be a floating-point array [{expected}]{remedy}."
+        )

@@ -1,0 +1,160 @@
+"""Routing: which experts each token goes to, and with what weight."""
+
+import dataclasses
+from typing import Literal, Self, no_type_check
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from jmoe.debug import check
+
+ABSENT = -1
+"""The expert index that marks an absent assignment; any other index outside [0, E) has the same effect."""
+
+Score = Literal["softmax", "sigmoid"]
+ScoreOrder = Literal["before_top_k", "after_top_k"]
+
+
+@no_type_check  # JAX also builds pytrees of other shapes and of things that are no arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """The K experts of each token and their weights.
+
+    Attributes:
+        expert_index: int[T, K]. An index outside [0, E), -1 by custom, is an absent assignment: no row, no output, no
+            gradient, whatever its weight.
+        weight: float[T, K], what each expert's output (or input) is multiplied with.
+    """
+
+    expert_index: Int[Array, "T K"]
+    weight: Float[Array, "T K"]
+
+    def masked(self, mask: Bool[Array, " T"]) -> Self:
+        """Makes the assignments of the tokens where `mask` is false absent, with weight 0."""
+        return self.where(mask[:, None])
+
+    def where(self, present: Bool[Array, "T #K"]) -> Self:
+        """Makes the assignments where `present` is false absent, with weight 0."""
+        return _where(self, present)
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Assignments:
+    """A flat list of R assignments, for routers that give tokens a varying number of experts.
+
+    R is static; unused entries are absent. Accepted wherever a `Routing` is.
+
+    Attributes:
+        token_index: int[R], in any order. An index outside [0, T) makes the assignment absent.
+        expert_index: int[R]. An index outside [0, E), -1 by custom, is an absent assignment.
+        weight: float[R], what the expert's output (or input) is multiplied with.
+    """
+
+    token_index: Int[Array, " R"]
+    expert_index: Int[Array, " R"]
+    weight: Float[Array, " R"]
+
+    def masked(self, mask: Bool[Array, " T"]) -> Self:
+        """Makes the assignments of the tokens where `mask` is false absent, with weight 0."""
+        in_range = (self.token_index >= 0) & (self.token_index < mask.size)
+        return self.where(in_range & mask.at[self.token_index].get(mode="clip"))
+
+    def where(self, present: Bool[Array, " R"]) -> Self:
+        """Makes the assignments where `present` is false absent, with weight 0."""
+        return _where(self, present)
+
+
+def _where[R: (Routing, Assignments)](routing: R, present: Array) -> R:
+    return dataclasses.replace(
+        routing,
+        expert_index=jnp.where(present, routing.expert_index, ABSENT),
+        weight=jnp.where(present, routing.weight, 0),
+    )
+
+
+def route_top_k(
+    logits: Float[Array, "T E"],
+    k: int,
+    *,
+    score: Score = "softmax",
+    score_order: ScoreOrder = "before_top_k",
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> Routing:
+    """Routes each token to the k experts with its largest logits.
+
+    `weight = scale * s_i / sum_{j in top k} s_j`, or `scale * s_i` with `normalize=False`, where s is the score of
+    the logits. Both scores grow with the logit, so experts are chosen by logit; of equal ones the lower index is
+    chosen first, as by `jax.lax.top_k`. Computed in float32 (float64 for float64 logits).
+
+    A NaN logit counts as the largest. The token is then routed to valid experts with NaN weights: its own output is
+    NaN and no other token's. `jmoe.debug_checks()` turns it into an error.
+
+    Args:
+        logits: [T, E], the router's output, of any floating-point dtype.
+        k: experts per token, between 1 and E.
+        score: "softmax" over the experts, or "sigmoid" of each logit (DeepSeek-V3, arXiv 2412.19437, section 2.1.2;
+            Llama 4).
+        score_order: whether the softmax is over all E logits ("before_top_k") or over the k chosen ones
+            ("after_top_k": Mixtral, arXiv 2401.04088, section 2.1). The same for a sigmoid, and the same for a
+            softmax that is normalised.
+        normalize: whether a token's k weights are divided by their sum.
+        scale: a factor on all weights, after the normalisation (`routed_scaling_factor` of DeepSeek-V3).
+
+    Returns:
+        A `Routing` with `expert_index` int32[T, k], in descending order of the logits, and `weight` float32[T, k].
+
+    Raises:
+        ValueError: k, `score` or `score_order` is not one of the values above, or `logits` is not a floating-point
+            matrix.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> routing = route_top_k(jnp.log(jnp.array([[0.1, 0.6, 0.3], [0.5, 0.25, 0.25]])), 2)
+        >>> routing.expert_index.tolist()
+        [[1, 2], [0, 1]]
+        >>> routing.weight.round(3).tolist()
+        [[0.667..., 0.333...], [0.667..., 0.333...]]
+    """
+    if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(
+            f"logits is {logits.dtype}{list(logits.shape)}; it must be a floating-point matrix [T, E]: flatten the "
+            "axes before the last one."
+        )
+    num_experts = logits.shape[1]
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k is {k}; it must be between 1 and the number of experts, {num_experts}.")
+    if score not in ("softmax", "sigmoid"):
+        raise ValueError(f"score is {score!r}; it must be 'softmax' or 'sigmoid'.")
+    if score_order not in ("before_top_k", "after_top_k"):
+        raise ValueError(f"score_order is {score_order!r}; it must be 'before_top_k' or 'after_top_k'.")
+
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    nan = jnp.isnan(logits).any(axis=1)
+    check(~nan, "logits hold NaN for {nan} of {tokens} tokens", nan=nan.sum(), tokens=jnp.asarray(nan.size))
+
+    chosen, expert_index = jax.lax.top_k(logits, k)
+    # In the logarithm nothing underflows, so that weights sum to 1 even where every score of a token is tiny.
+    if score == "sigmoid":
+        log_score = jax.nn.log_sigmoid(chosen)
+    else:
+        over = logits if score_order == "before_top_k" else chosen
+        log_score = chosen - jax.nn.logsumexp(over, axis=1, keepdims=True)
+    if normalize:
+        log_score = jax.nn.log_softmax(log_score, axis=1)
+    return Routing(expert_index, scale * jnp.exp(log_score))
+
+
+def is_present(expert_index: Int[Array, "..."], num_experts: int) -> Bool[Array, "..."]:
+    """Says which assignments are present: those with an expert index in [0, E)."""
+    return (expert_index >= 0) & (expert_index < num_experts)
+
+
+def count_assignments(expert_index: Int[Array, "..."], num_experts: int) -> Int32[Array, " E"]:
+    """Counts the assignments of each expert."""
+    experts = jnp.arange(num_experts, dtype=expert_index.dtype)
+    return jnp.sum(expert_index.reshape(-1, 1) == experts, axis=0, dtype=jnp.int32)
