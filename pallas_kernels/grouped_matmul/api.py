@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -11,13 +12,27 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import hopper
 from pallas_kernels.device import has_hopper_gpu
-from pallas_kernels.grouped_matmul import mosaic_gpu, reference, xla
+from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_weight_gradient, reference, xla
 
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
 Operation = Literal["grouped_matmul", "grouped_weight_gradient"]
 
-_BACKENDS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
+_BACKENDS: dict[Implementation, dict[Operation, Callable[..., Array]]] = {
+    "mosaic_gpu": {
+        "grouped_matmul": mosaic_gpu.grouped_matmul,
+        "grouped_weight_gradient": mosaic_gpu_weight_gradient.grouped_weight_gradient,
+    },
+    "xla": {
+        "grouped_matmul": xla.grouped_matmul,
+        "grouped_weight_gradient": xla.grouped_weight_gradient,
+    },
+    "reference": {
+        "grouped_matmul": reference.grouped_matmul,
+        "grouped_weight_gradient": reference.grouped_weight_gradient,
+    },
+}
 _logger = logging.getLogger("pallas_kernels")
 
 
@@ -203,7 +218,7 @@ def _run(operation: Operation, options: _Options, first: Array, second: Array, g
     # the longest: one element after the other is the right order for both.
     @sequential_vmap
     def call(first: Array, second: Array, group_sizes: Array) -> Array:
-        return getattr(_BACKENDS[name], operation)(first, second, group_sizes, **static)
+        return _BACKENDS[name][operation](first, second, group_sizes, **static)
 
     return call(first, second, group_sizes)
 
@@ -218,9 +233,7 @@ def _choose_backend(operation: Operation, options: _Options, first: Array, secon
         if chosen is None:
             return "xla"
         raise ValueError('implementation "mosaic_gpu" needs a Hopper GPU; None picks what can run here.')
-    reason = mosaic_gpu.why_unsupported(
-        operation, first, second, transpose_rhs=options.transpose_rhs, out_dtype=options.out_dtype
-    )
+    reason = hopper.why_unsupported((*first.shape[1:], *second.shape[1:]), first.dtype, options.out_dtype)
     if reason is None:
         return "mosaic_gpu"
     if chosen is None:

@@ -1,0 +1,222 @@
+"""What the Hopper kernels share: the layout of their tiles, the ring of shared memory, and stores of ragged rows.
+
+A kernel's block is three warpgroups: a memory warpgroup that keeps a ring of tiles filled by TMA, and two compute
+warpgroups that multiply them by wgmma. The blocks are persistent: one for each streaming multiprocessor, which takes
+tile after tile.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+NUM_COMPUTE_WARPGROUPS = 2
+MEMORY_WARPGROUP = NUM_COMPUTE_WARPGROUPS
+MEMORY_REGISTERS, COMPUTE_REGISTERS = 40, 232
+WARPGROUP_ROWS = 64  # of one wgmma
+SWIZZLE_BYTES = 128
+TMA_ROWS = 8  # a window that TMA reads into a tile for wgmma starts at a multiple of this
+SHARED_MEMORY_BYTES = 232_448
+
+type Ref = jax.Ref
+type Scalar = Array | int
+
+
+def swizzled_columns(dtype: jax.typing.DTypeLike) -> int:
+    """Returns how many elements one 128-byte swizzled line of shared memory holds."""
+    return SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
+
+
+def operand_tile(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> plgpu.SMEM:
+    """Describes shared memory for tiles that wgmma reads."""
+    return plgpu.SMEM(shape, dtype, transforms=_tiled(TMA_ROWS, dtype))
+
+
+def result_tile(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> plgpu.SMEM:
+    """Describes shared memory for tiles of which any range of rows can be stored."""
+    return plgpu.SMEM(shape, dtype, transforms=_tiled(1, dtype))
+
+
+def _tiled(rows: int, dtype: jax.typing.DTypeLike):
+    return plgpu.TilingTransform((rows, swizzled_columns(dtype))), plgpu.SwizzleTransform(SWIZZLE_BYTES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """A ring of shared-memory slots between the memory warpgroup, which fills them, and the compute warpgroups.
+
+    Attributes:
+        full: one barrier for each slot: its tiles have arrived.
+        empty: one barrier for each slot: every compute warpgroup (of every block of the cluster) is done with it.
+        num_slots: the length of the ring.
+    """
+
+    full: Ref
+    empty: Ref
+    num_slots: int
+
+    def slot(self, step: Scalar) -> Array:
+        """Returns the slot of the kernel's step number `step`."""
+        return lax.rem(step, self.num_slots)
+
+    def wait_for_room(self, step: Array) -> None:
+        """Memory warpgroup: waits until the slot of `step` may be filled."""
+
+        @pl.when(step >= self.num_slots)
+        def wait():
+            plgpu.barrier_wait(self.empty.at[self.slot(step)])
+
+    def drain(self, num_steps: Array) -> None:
+        """Memory warpgroup, at its end: waits until every slot that it filled has been read."""
+
+        def wait(step, carry):
+            plgpu.barrier_wait(self.empty.at[self.slot(step)])
+            return carry
+
+        lax.fori_loop(jnp.maximum(num_steps - self.num_slots, 0), num_steps, wait, jnp.int32(0))
+
+    def wait_for_data(self, step: Array) -> None:
+        """Compute warpgroup: waits until the tiles of `step` have arrived."""
+        plgpu.barrier_wait(self.full.at[self.slot(step)])
+
+    def release(self, step: Array) -> None:
+        """Compute warpgroup: hands the slot of `step` back."""
+        plgpu.barrier_arrive(self.empty.at[self.slot(step)])
+
+
+def accumulate(
+    ring: Ring, first_step: Array, num_steps: Array, shape: tuple[int, int], multiply: Callable[[Ref, Array, Array], None]
+) -> Array:
+    """Compute warpgroup: sums the products of the ring's next `num_steps` steps.
+
+    Args:
+        ring: where the operands arrive.
+        first_step: the kernel's number of the first of these steps.
+        num_steps: how many there are; with none the sum is zero.
+        shape: of the accumulator.
+        multiply: called with the accumulator, the number of the step among these, and its slot; issues one wgmma.
+
+    Returns:
+        f32[shape], in registers.
+    """
+
+    def scope(acc):
+        def step(k, carry):
+            ring.wait_for_data(first_step + k)
+            multiply(acc, k, ring.slot(first_step + k))
+            # One wgmma stays in flight, so the slot that is surely read is the one before.
+            plgpu.wgmma_wait(1)
+
+            @pl.when(k > 0)
+            def release_previous():
+                ring.release(first_step + k - 1)
+
+            return carry
+
+        lax.fori_loop(0, num_steps, step, jnp.int32(0))
+        plgpu.wgmma_wait(0)
+
+        @pl.when(num_steps > 0)
+        def release_last():
+            ring.release(first_step + num_steps - 1)
+
+        return acc[...]
+
+    return pl.run_scoped(scope, plgpu.ACC(shape))
+
+
+def store_rows(
+    tile: Array, buffers: Ref, out: Ref, *, first_row: Array, first_column: Array, begin: Scalar, end: Scalar
+) -> None:
+    """Compute warpgroup: stores rows `begin : end` of a 64-row tile in registers to global memory.
+
+    Columns go through two alternating buffers, 128 bytes wide each. The copies are left in flight.
+
+    Args:
+        tile: [64, columns], in registers, of the dtype of `out`.
+        buffers: [2, 64, 128 bytes] of shared memory, made by `result_tile`, this warpgroup's own.
+        out: [rows, columns] of global memory.
+        first_row: the row of `out` where the tile's row 0 belongs.
+        first_column: the column of `out` where the tile's column 0 belongs.
+        begin: the first row of the tile to store.
+        end: the row after the last.
+    """
+    width = swizzled_columns(tile.dtype)
+    num_rows = end - begin
+    for piece in range(tile.shape[1] // width):
+        buffer = buffers.at[piece % 2]
+        plgpu.wait_smem_to_gmem(1 if piece else 0, wait_read_only=True)
+        buffer[...] = tile[:, piece * width : (piece + 1) * width]
+        plgpu.commit_smem()
+        columns = pl.ds(first_column + piece * width, width)
+        # A TMA copy has a static height, so a part of the tile leaves as copies of 2^i rows for the ones among the
+        # binary digits of its height.
+        done = begin
+        for height in (64, 32, 16, 8, 4, 2, 1):
+            source = buffer.at[pl.ds(done, height)] if height < 64 else buffer
+
+            @pl.when(num_rows & height != 0)
+            def store(height=height, source=source, done=done):
+                rows = pl.ds(first_row + done, height)
+                plgpu.copy_smem_to_gmem(source, out.at[rows, columns], commit_group=False)
+
+            done = done + (num_rows & height)
+        plgpu.commit_smem_to_gmem_group()
+
+
+def why_unsupported(
+    widths: tuple[int, ...], dtype: jax.typing.DTypeLike, out_dtype: jax.typing.DTypeLike
+) -> str | None:
+    """Says which constraint of the matmul kernels operands break, if any.
+
+    Args:
+        widths: every matrix width among the operands.
+        dtype: of the operands.
+        out_dtype: of the result.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"its operands are {jnp.dtype(dtype)}; the kernel multiplies bfloat16 or float16."
+    if out_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"its result is {jnp.dtype(out_dtype)}; the kernel writes bfloat16, float16 or float32."
+    if odd := [width for width in widths if width % WARPGROUP_ROWS]:
+        return f"a width of {odd[0]} is not a multiple of {WARPGROUP_ROWS}."
+    return None
+
+
+def pad_rows(x: Float[Array, "M N"]) -> Float[Array, "_ N"]:
+    """Copies x to a whole number of 8-row lines, where it has not; TMA reads nothing less."""
+    padding = -x.shape[0] % TMA_ROWS
+    return jnp.pad(x, ((0, padding), (0, 0))) if padding else x
+
+
+def persistent_kernel(body: Callable, *, out_type, cluster: int, num_blocks: int, scratch_types: dict):
+    """Wraps a kernel body of three warpgroups ("wg") with one persistent block for each multiprocessor.
+
+    The grid's axes are "cluster", the index of the cluster, and "block", the index of the block in its cluster.
+    """
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(num_blocks // cluster,),
+        grid_names=("cluster",),
+        cluster=(cluster,),
+        cluster_names=("block",),
+        num_threads=NUM_COMPUTE_WARPGROUPS + 1,
+        thread_name="wg",
+        scratch_types=scratch_types,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )
+
+
+def empty_barrier(cluster: int, num_slots: int):
+    """Describes the `empty` barriers of a ring whose slots the other blocks of a cluster may fill too."""
+    if cluster == 1:
+        return plgpu.Barrier(num_arrivals=NUM_COMPUTE_WARPGROUPS, num_barriers=num_slots)
+    return plgpu.ClusterBarrier(
+        collective_axes=("block",), num_arrivals=NUM_COMPUTE_WARPGROUPS, num_barriers=num_slots
+    )
