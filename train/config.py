@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import jax
 import yaml
@@ -258,7 +258,7 @@ def _arguments(content: Any, config_type: type, prefix: str, path: Path | str) -
     if not isinstance(content, dict):
         what = f"field {prefix.rstrip('.')}" if prefix else "content"
         raise ValueError(f"config file {path}: {what} must be a mapping, got {content!r}")
-    fields = {f.name: f.type for f in dataclasses.fields(config_type)}
+    fields = get_type_hints(config_type)
     for name, value in content.items():
         if name not in fields:
             close = difflib.get_close_matches(str(name), fields, n=1)

@@ -9,10 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jmoe.models import Transformer, language_model_loss
-from train.data import Batch
-from train.step import Params
+from train.step import DeviceBatch, Params
 
-EvalStep = Callable[[Params, Batch], tuple[Float[Array, ""], Int32[Array, ""]]]
+EvalStep = Callable[[Params, DeviceBatch], tuple[Float[Array, ""], Int32[Array, ""]]]
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,14 @@ def make_eval_step(graph: nnx.GraphDef[Transformer]) -> EvalStep:
         targets.
     """
 
-    def step(params: Params, batch: Batch) -> tuple[Array, Array]:
+    def step(params: Params, batch: DeviceBatch) -> tuple[Array, Array]:
         _, aux = language_model_loss(nnx.merge(graph, params), **batch)
         return aux.cross_entropy * aux.num_targets, aux.num_targets
 
     return jax.jit(step)
 
 
-def evaluate(eval_step: EvalStep, params: Params, batches: Iterable[Batch]) -> Evaluation:
+def evaluate(eval_step: EvalStep, params: Params, batches: Iterable[DeviceBatch]) -> Evaluation:
     """Sums the cost of `batches`, in float64 on the host.
 
     Args:

@@ -6,7 +6,8 @@ import grain
 import jax
 
 from train.config import TrainConfig
-from train.data import Batch, Corpus, load_corpus, make_loader
+from train.data import Corpus, load_corpus, make_loader
+from train.step import DeviceBatch
 from train.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -36,7 +37,7 @@ def tokenizer_of(config: TrainConfig) -> Tokenizer:
     return tokenizer
 
 
-def train_loader(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> grain.IterDataset[Batch]:
+def train_loader(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> grain.IterDataset[DeviceBatch]:
     """Endless batches of the training documents, put on the device by threads ahead of the step."""
     loader = make_loader(
         corpus.train,
@@ -48,7 +49,9 @@ def train_loader(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> g
     return grain.experimental.device_put(loader, jax.devices()[0])
 
 
-def validation_loader(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> grain.IterDataset[Batch]:
+def validation_loader(
+    config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer
+) -> grain.IterDataset[DeviceBatch]:
     """The validation documents once, shuffled: the first few batches are a fair sample."""
     loader = make_loader(
         corpus.validation,

@@ -75,25 +75,35 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         ValueError: If the warm-up is not shorter than the run.
     """
     schedule = make_schedule(config, num_steps)
-    decay = {"weight_decay": config.weight_decay}
     match config.name:
         case "adamw":
             rule = optax.adamw(
-                schedule, config.beta1, config.beta2, config.epsilon, mask=decayed_parameters, **decay
+                schedule,
+                config.beta1,
+                config.beta2,
+                config.epsilon,
+                weight_decay=config.weight_decay,
+                mask=decayed_parameters,
             )
         case "lion":
-            rule = optax.lion(schedule, config.beta1, config.beta2, mask=decayed_parameters, **decay)
+            rule = optax.lion(
+                schedule,
+                config.beta1,
+                config.beta2,
+                weight_decay=config.weight_decay,
+                mask=decayed_parameters,
+            )
         case "muon":
             rule = muon(
                 schedule,
                 beta=config.beta1,
+                weight_decay=config.weight_decay,
                 adam_b1=config.beta1,
                 adam_b2=config.beta2,
                 adam_weight_decay=0.0,
                 eps=config.epsilon,
                 consistent_rms=0.2,  # updates as large as AdamW's, so that one learning rate suits both
                 muon_weight_dimension_numbers=_matrix_axes,
-                **decay,
             )
         case "sgd":
             rule = optax.chain(

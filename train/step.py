@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int32, PyTree
+from jaxtyping import Array, Float, Int32, PyTree, Shaped
 
 from jmoe.models import Transformer, TransformerConfig, language_model_loss
-from train.data import Batch
 
 Params = PyTree[Float[Array, "..."]]
+DeviceBatch = dict[str, Shaped[Array, "B S"]]
+"""A `train.data.Batch` on the device."""
 Metrics = dict[str, Float[Array, "..."]]
 
 
@@ -90,7 +91,7 @@ def make_train_step(
         `learning_rate`.
     """
 
-    def objective(params: Params, part: Batch, num_targets: Array) -> tuple[Array, Metrics]:
+    def objective(params: Params, part: DeviceBatch, num_targets: Array) -> tuple[Array, Metrics]:
         loss, aux = language_model_loss(nnx.merge(graph, params), **part)
         metrics = {
             "loss": loss,
@@ -103,7 +104,7 @@ def make_train_step(
         metrics = jax.tree.map(lambda value: value * (aux.num_targets / num_targets), metrics)
         return metrics["loss"], metrics
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
         num_targets = batch["mask"].sum()
         parts = jax.tree.map(lambda a: a.reshape(accumulation_steps, -1, *a.shape[1:]), batch)
         differentiate = jax.grad(objective, has_aux=True)
