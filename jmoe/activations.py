@@ -37,11 +37,12 @@ def is_gated(activation: Activation) -> bool:
 def activate(activation: Activation, h: Float[Array, "*batch H"]) -> Float[Array, "*batch F"]:
     """Applies an activation to the pre-activations of an MLP.
 
-    A gated one computes `g(h[..., :F]) * h[..., F:]`, with g the SiLU of SwiGLU, the GELU of GEGLU or the ReLU of
-    ReGLU (Shazeer, arXiv 2002.05202). GELU is the tanh approximation, as in `jax.nn.gelu`.
+    A gated one computes `g(h[..., :F]) * h[..., F:]`, with g the SiLU of SwiGLU, the GELU of GEGLU or the
+    ReLU of ReGLU (Shazeer, arXiv 2002.05202). GELU is the tanh approximation, as in `jax.nn.gelu`.
     """
+    if callable(activation):
+        return activation(h)
     if is_gated(activation):
         gate, up = jnp.split(h, 2, axis=-1)
         return _GATES[activation](gate) * up
-    function = activation if callable(activation) else _PLAIN[activation]
-    return function(h)
+    return _PLAIN[activation](h)

@@ -1,4 +1,4 @@
-"""Combine and group sums: the two reductions of rows around the grouped matmuls, in a fixed order without atomics."""
+"""Combine and group sums: the reductions of rows around grouped matmuls, deterministic, without atomics."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -17,7 +17,8 @@ def combine(
     """Sums the rows of each token, weighted: `y[t] = sum_k weight[t, k] * rows[position[t, k]]`.
 
     The sum is taken in float32 (float64 for float64 rows), a token's assignments in their order (from
-    `Assignments`: in the order of their experts). Absent ones add nothing, even where their row or weight is NaN.
+    `Assignments`: in the order of their experts). Absent ones add nothing, even where their row or weight is
+    NaN.
 
     Args:
         rows: [R, D], sorted by expert.
@@ -63,7 +64,10 @@ def _combine_flat(rows, weight, dispatch, num_tokens):
 
 
 def group_sum(rows: Float[Array, "R N"], group_sizes: Int32[Array, " E"]) -> Float[Array, "E N"]:
-    """Sums the rows of each group, in float32 or better: the gradient of a bias. Rows past the last group never enter."""
+    """Sums the rows of each group, in float32 or better: the gradient of a bias.
+
+    Rows past the last group never enter, even where they hold NaN.
+    """
     block_rows = 128
     schedule = make_block_schedule(group_sizes, num_rows=rows.shape[0], block_rows=block_rows)
     offset = jnp.arange(block_rows, dtype=jnp.int32)
@@ -71,6 +75,7 @@ def group_sum(rows: Float[Array, "R N"], group_sizes: Int32[Array, " E"]) -> Flo
     block = block.astype(jnp.promote_types(rows.dtype, jnp.float32))
     in_block = offset < schedule.size[:, None]
     block_sum = jnp.where(in_block[:, :, None], block, 0).sum(axis=1)
-    # Padding blocks sum to zero, whatever group they name. A selection, because NaN times zero would reach all groups.
+    # Padding blocks sum to zero, whatever group they name. A selection, because NaN times zero would reach
+    # all groups.
     in_group = schedule.group == jnp.arange(group_sizes.size, dtype=jnp.int32)[:, None]
     return jnp.where(in_group[:, :, None], block_sum, 0).sum(axis=1)

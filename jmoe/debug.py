@@ -1,28 +1,31 @@
 """Checks of values inside a traced function, off by default."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 from jax.experimental import checkify
 from jaxtyping import Array, Bool
 
-# A user context is part of the key of every jit cache, so a function that was traced without the checks is traced
-# again, with them, inside `debug_checks()`.
+# A user context is part of the key of every jit cache, so a function that was traced without the checks is
+# traced again, with them, inside `debug_checks()`.
 _enabled = jax.make_user_context(False)
 
 
 def debug_checks() -> AbstractContextManager[None]:
-    """Turns values that break a documented rule into `jax.experimental.checkify` errors, inside a `with` block.
+    """Turns values that break a documented rule into checkify errors, inside a `with` block.
 
-    Values are data, so a compiled function cannot raise for them; each function documents what it does instead. With
-    the checks on, these are errors:
+    Values are data, so a compiled function cannot raise for them; each function documents what it does
+    instead. With the checks on, these are errors:
 
     - a router logit that is NaN (`route_top_k`; such a token's output is NaN),
     - the routing weight of a present assignment that is not finite (`moe_mlp`; the same),
-    - an expert index outside [0, E) other than -1, the index that marks an absent assignment (`make_dispatch`),
+    - an expert index outside [0, E) other than -1, the index that marks an absent assignment
+      (`make_dispatch`),
     - a token index outside [0, T) of a present assignment (`moe_mlp`; it counts as absent).
 
-    The function that is checked has to be wrapped by `checkify.checkify`, and both made and called in the block.
+    The function that is checked has to be wrapped by `jax.experimental.checkify.checkify` and called in the
+    block.
 
     Returns:
         A context manager.
@@ -31,15 +34,16 @@ def debug_checks() -> AbstractContextManager[None]:
         >>> import jax, jax.numpy as jnp
         >>> from jax.experimental import checkify
         >>> import jmoe
+        >>> route = checkify.checkify(lambda logits: jmoe.route_top_k(logits, 1))
         >>> with jmoe.debug_checks():
-        ...     error, _ = checkify.checkify(lambda logits: jmoe.route_top_k(logits, 1))(jnp.array([[jnp.nan, 1.0]]))
+        ...     error, _ = route(jnp.array([[jnp.nan, 1.0]]))
         >>> print(error.get().splitlines()[0])
         logits hold NaN for 1 of 1 tokens (`check` failed)
     """
     return _enabled(True)
 
 
-def check(ok: Bool[Array, "..."], message: str, **values: Array) -> None:
+def check(ok: Bool[Array, "..."], message: str, **values: Any) -> None:
     """Raises a checkify error where `ok` is not all true, if the checks are on."""
     if _enabled.value:
         checkify.check(ok.all(), message, **values)

@@ -21,7 +21,8 @@ class Dispatch:
         token_index: int32[R], the token of each row. Of an absent row's token nothing is promised.
         slot: int32[R], which of its token's K assignments each row is; from `Assignments`, which of the R.
         expert_index: int32[R], the expert of each row, in ascending order; E in absent rows.
-        position: int32[T, K], the row of each assignment; int32[R] from `Assignments`. The inverse of the sort.
+        position: int32[T, K], the row of each assignment; int32[R] from `Assignments`. The inverse of the
+            sort.
         group_sizes: int32[E], the rows of each expert.
     """
 
@@ -45,8 +46,9 @@ class Dispatch:
 def make_dispatch(routing: Routing | Assignments, num_experts: int) -> Dispatch:
     """Sorts the assignments by expert; those of one expert keep their order.
 
-    This replaces the permuted, padded copy of the tokens that a capacity needs: kernels read the rows of a token
-    where they are (ScatterMoE, arXiv 2403.08245, section 3.1). No assignment is dropped, whatever the routing.
+    This replaces the permuted, padded copy of the tokens that a capacity needs: kernels read the rows of a
+    token where they are (ScatterMoE, arXiv 2403.08245, section 3.1). No assignment is dropped, whatever the
+    routing.
 
     Args:
         routing: the assignments. Absent ones sort behind every expert's rows and belong to no group.
@@ -99,12 +101,9 @@ def check_routing(routing: Routing | Assignments) -> None:
     for field in dataclasses.fields(routing):
         array = getattr(routing, field.name)
         kind = jnp.floating if field.name == "weight" else jnp.integer
-        if (
-            array.ndim != rank
-            or array.shape != routing.expert_index.shape
-            or not jnp.issubdtype(array.dtype, kind)
-        ):
+        shape = routing.expert_index.shape
+        if array.ndim != rank or array.shape != shape or not jnp.issubdtype(array.dtype, kind):
             raise ValueError(
-                f"routing.{field.name} is {array.dtype}{list(array.shape)}; it must be {kind.__name__} {layout}, with "
-                f"the shape of expert_index, {list(routing.expert_index.shape)}."
+                f"routing.{field.name} is {array.dtype}{list(array.shape)}; it must be {kind.__name__} "
+                f"{layout} of the shape of expert_index, {list(shape)}."
             )

@@ -1,4 +1,4 @@
-"""The MoE layer's MLPs on one shard of a mesh: tokens gathered, experts and hidden widths split, outputs reduced."""
+"""The MLPs of an MoE layer on one shard of a mesh: tokens gathered, experts and widths split, parts added."""
 
 import dataclasses
 import functools
@@ -37,9 +37,9 @@ def sharded_mlps(
 ) -> Float[Array, "T D"]:
     """Computes `moe_mlp` of this shard's tokens, plus the shared expert if there is one.
 
-    Every shard gathers the tokens of the axes that experts and hidden widths are split over, computes the part of
-    its own experts and widths for all of them (an assignment to an expert elsewhere is absent here), and the
-    parts are summed into each shard's own tokens.
+    Every shard gathers the tokens of the axes that experts and hidden widths are split over, computes the
+    part of its own experts and widths for all of them (an assignment to an expert elsewhere is absent here),
+    and the parts are summed into each shard's own tokens.
 
     Args:
         x: [T, D], this shard's tokens.
@@ -73,7 +73,7 @@ def sharded_mlps(
 
 
 def _gather_tokens[T](tree: T, over: tuple[str, ...], axes: ShardAxes) -> T:
-    """Collects the tokens that are sharded over these axes; where they are not, every shard has them already."""
+    """Collects the tokens that are sharded over these axes; without that, every shard has them already."""
     over = tuple(axis for axis in over if axis in axes.tokens)
     return jax.tree.map(lambda array: lax.all_gather(array, over, axis=0, tiled=True), tree) if over else tree
 
@@ -95,7 +95,7 @@ def _local_experts(routing: Routing, num_local: int, over: tuple[str, ...]) -> R
 
 
 def _hidden_slice(parameters: ExpertParameters, *, gated: bool, axes: tuple[str, ...]) -> ExpertParameters:
-    """Takes this shard's part of the hidden width; of a gated MLP the same part of the gate and of the up columns."""
+    """Takes this shard's part of the hidden width; if gated, the same part of gate and up columns."""
     if not axes:
         return parameters
     w_up, w_down, b_up, b_down = parameters
@@ -119,7 +119,7 @@ def _hidden_slice(parameters: ExpertParameters, *, gated: bool, axes: tuple[str,
 def _dense_mlp(
     x: Float[Array, "T D"], parameters: ExpertParameters, activation: Activation
 ) -> Float[Array, "T D"]:
-    w_up, w_down, b_up, b_down = (None if p is None else p.astype(x.dtype) for p in parameters)
+    w_up, w_down, b_up, b_down = jax.tree.map(lambda parameter: parameter.astype(x.dtype), parameters)
     h = x @ w_up if b_up is None else x @ w_up + b_up
     y = activate(activation, h) @ w_down
     return y if b_down is None else y + b_down

@@ -19,15 +19,16 @@ def load_balancing_loss(
 ) -> Float[Array, ""]:
     """Computes the load-balancing loss of the Switch Transformer.
 
-    `E * sum_e f_e * P_e`, where f_e is the share of all assignments that expert e got (a count: no gradient) and P_e
-    the mean score of expert e. It is 1 at perfect balance and E when every token goes to one expert with score 1.
-    Hugging Face's loss is K times this one.
+    `E * sum_e f_e * P_e`, where f_e is the share of all assignments that expert e got (a count: no gradient)
+    and P_e the mean score of expert e. It is 1 at perfect balance and E when every token goes to one expert
+    with score 1. Hugging Face's loss is K times this one.
 
     Args:
         scores: [T, E], each row summing to 1: `softmax(logits)`, or sigmoids divided by their sum.
         routing: the assignments; absent ones do not count.
         mask: bool[T], false for tokens that enter no statistic, such as padding.
-        axis_name: mesh axes that the tokens are sharded over, inside `jax.shard_map`; the statistics are then global.
+        axis_name: mesh axes that the tokens are sharded over, inside `jax.shard_map`; the statistics are then
+            global.
 
     Returns:
         A scalar in float32 (float64 for float64 scores); 0 where no token is left.
@@ -103,7 +104,7 @@ def expert_load(
 
 
 def _token_mean(
-    values: Float[Array, "T *_"], mask: Bool[Array, " T"] | None, axis_name: AxisName
+    values: Float[Array, " T *_"], mask: Bool[Array, " T"] | None, axis_name: AxisName
 ) -> Float[Array, "*_"]:
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     if mask is None:

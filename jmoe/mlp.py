@@ -1,4 +1,4 @@
-"""The expert MLPs of an MoE layer as one function, with a backward that keeps only x and the pre-activations."""
+"""The expert MLPs of an MoE layer as one function, whose backward keeps only x and the pre-activations."""
 
 import dataclasses
 import functools
@@ -33,21 +33,23 @@ def moe_mlp(
 ) -> Float[Array, "T D"]:
     """Computes the weighted sum of each token's expert MLPs; no token is dropped, whatever the routing.
 
-    `y[t] = sum_k w[t, k] * (act(x[t] @ w_up[e] + b_up[e]) @ w_down[e] + b_down[e])` with `e = expert_index[t, k]`.
+    `y[t] = sum_k w[t, k] * (act(x[t] @ w_up[e] + b_up[e]) @ w_down[e] + b_down[e])` with `e = expert_index[t,
+    k]`.
 
-    Between forward and backward it keeps x, the pre-activations [R, H] and integers; the backward recomputes the
-    rest and gets the routing weights' gradients without the experts' outputs (SonicMoE, arXiv 2512.14080,
-    section 3). Differentiable once, in reverse mode, in x, the four parameters and the routing weights. The same
-    inputs on the same device give the same bits.
+    Between forward and backward it keeps x, the pre-activations [R, H] and integers; the backward recomputes
+    the rest and gets the routing weights' gradients without the experts' outputs (SonicMoE, arXiv 2512.14080,
+    section 3). Differentiable once, in reverse mode, in x, the four parameters and the routing weights. The
+    same inputs on the same device give the same bits.
 
     Args:
         x: [T, D]. Its dtype is that of the computation; sums are taken in float32 (float64 for float64).
-        w_up: [E, D, 2F] for a gated activation, gate columns first; [E, D, F] for a plain one. Cast to x's dtype
-            inside, so that master weights can be passed as they are; its gradient has its own dtype.
+        w_up: [E, D, 2F] for a gated activation, gate columns first; [E, D, F] for a plain one. Cast to x's
+            dtype inside, so that master weights can be passed as they are; its gradient has its own dtype.
         w_down: [E, F, D]; the same.
         routing: the experts of each token. A token with no present assignment gets zeros.
-        activation: gated "swiglu", "geglu", "reglu"; plain "gelu", "relu", "relu_squared", "silu", or any function
-            of an array, applied element by element (a plain one; it may not close over traced arrays).
+        activation: gated "swiglu", "geglu", "reglu"; plain "gelu", "relu", "relu_squared", "silu", or any
+            function of an array, applied element by element (a plain one; it may not close over traced
+            arrays).
         b_up: [E, 2F] or [E, F], added before the activation.
         b_down: [E, D], added to the expert's output, so that it is weighted too.
         weight_on: what the routing weight multiplies, the expert's "output" or its "input" (Llama 4).
@@ -116,8 +118,8 @@ def _forward(options, x, parameters, weight, dispatch):
 
 def _backward(options, residuals, dy):
     x, parameters, weight, dispatch, h = residuals
-    # The backward repeats gathers and casts of the forward. Without the barrier XLA would see that, compute them once
-    # and keep them from forward to backward.
+    # The backward repeats gathers and casts of the forward. Without the barrier XLA would see that, compute
+    # them once and keep them from forward to backward.
     x, parameters, weight, h, dy = lax.optimization_barrier((x, parameters, weight, h, dy))
     dy_rows = _gather(dy, dispatch)  # [R, D]
     dh, a, dweight = _down_input_gradient(
@@ -170,8 +172,9 @@ def _down(options, a, parameters, dispatch):
 def _down_input_gradient(options, dy_rows, h, parameters, weight, dispatch):
     """Goes back through the down-projection and the activation.
 
-    Returns the gradient of the pre-activations, the activations that the gradient of w_down needs, and the gradient
-    of the weights on the output, `<dy, v> = <dy @ w_down^T, a> + <dy, b_down>` for an expert output v.
+    Returns the gradient of the pre-activations, the activations that the gradient of w_down needs, and the
+    gradient of the weights on the output, `<dy, v> = <dy @ w_down^T, a> + <dy, b_down>` for an expert output
+    v.
     """
     da = _accumulator(_matmul(options, dy_rows, parameters.w_down, dispatch, transpose_rhs=True))  # [R, F]
     a, pull_back = jax.vjp(functools.partial(activate, options.activation), _accumulator(h))
@@ -266,5 +269,5 @@ def _check_array(name, array, layout, sizes, remedy=""):
     if not fits or not jnp.issubdtype(array.dtype, jnp.floating):
         expected = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in layout)
         raise ValueError(
-            f"{name} is {array.dtype}{list(array.shape)}; it must be a floating-point array [{expected}]{remedy}."
+            f"{name} is {array.dtype}{list(array.shape)}; it must be floating-point [{expected}]{remedy}."
         )

@@ -23,8 +23,8 @@ class Routing:
     """The K experts of each token and their weights.
 
     Attributes:
-        expert_index: int[T, K]. An index outside [0, E), -1 by custom, is an absent assignment: no row, no output, no
-            gradient, whatever its weight.
+        expert_index: int[T, K]. An index outside [0, E), -1 by custom, is an absent assignment: no row, no
+            output, no gradient, whatever its weight.
         weight: float[T, K], what each expert's output (or input) is multiplied with.
     """
 
@@ -35,7 +35,7 @@ class Routing:
         """Makes the assignments of the tokens where `mask` is false absent, with weight 0."""
         return self.where(mask[:, None])
 
-    def where(self, present: Bool[Array, "T #K"]) -> Self:
+    def where(self, present: Bool[Array, " T #K"]) -> Self:
         """Makes the assignments where `present` is false absent, with weight 0."""
         return _where(self, present)
 
@@ -87,30 +87,31 @@ def route_top_k(
 ) -> Routing:
     """Routes each token to the k experts with its largest logits.
 
-    `weight = scale * s_i / sum_{j in top k} s_j`, or `scale * s_i` with `normalize=False`, where s is the score of
-    the logits. Both scores grow with the logit, so experts are chosen by logit; of equal ones the lower index is
-    chosen first, as by `jax.lax.top_k`. Computed in float32 (float64 for float64 logits).
+    `weight = scale * s_i / sum_{j in top k} s_j`, or `scale * s_i` with `normalize=False`, where s is the
+    score of the logits. Both scores grow with the logit, so experts are chosen by logit; of equal ones the
+    lower index is chosen first, as by `jax.lax.top_k`. Computed in float32 (float64 for float64 logits).
 
-    A NaN logit counts as the largest. The token is then routed to valid experts with NaN weights: its own output is
-    NaN and no other token's. `jmoe.debug_checks()` turns it into an error.
+    A NaN logit counts as the largest. The token is then routed to valid experts with NaN weights: its own
+    output is NaN and no other token's. `jmoe.debug_checks()` turns it into an error.
 
     Args:
         logits: [T, E], the router's output, of any floating-point dtype.
         k: experts per token, between 1 and E.
-        score: "softmax" over the experts, or "sigmoid" of each logit (DeepSeek-V3, arXiv 2412.19437, section 2.1.2;
-            Llama 4).
+        score: "softmax" over the experts, or "sigmoid" of each logit (DeepSeek-V3, arXiv 2412.19437, section
+            2.1.2; Llama 4).
         score_order: whether the softmax is over all E logits ("before_top_k") or over the k chosen ones
-            ("after_top_k": Mixtral, arXiv 2401.04088, section 2.1). The same for a sigmoid, and the same for a
-            softmax that is normalised.
+            ("after_top_k": Mixtral, arXiv 2401.04088, section 2.1). The same for a sigmoid, and the same for
+            a softmax that is normalised.
         normalize: whether a token's k weights are divided by their sum.
         scale: a factor on all weights, after the normalisation (`routed_scaling_factor` of DeepSeek-V3).
 
     Returns:
-        A `Routing` with `expert_index` int32[T, k], in descending order of the logits, and `weight` float32[T, k].
+        A `Routing` with `expert_index` int32[T, k], in descending order of the logits, and `weight`
+        float32[T, k].
 
     Raises:
-        ValueError: k, `score` or `score_order` is not one of the values above, or `logits` is not a floating-point
-            matrix.
+        ValueError: k, `score` or `score_order` is not one of the values above, or `logits` is not a
+            floating-point matrix.
 
     Example:
         >>> import jax.numpy as jnp
@@ -122,7 +123,7 @@ def route_top_k(
     """
     if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(
-            f"logits is {logits.dtype}{list(logits.shape)}; it must be a floating-point matrix [T, E]: flatten the "
+            f"logits is {logits.dtype}{list(logits.shape)}; it must be floating-point [T, E]: flatten the "
             "axes before the last one."
         )
     num_experts = logits.shape[1]

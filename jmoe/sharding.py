@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
@@ -21,9 +22,9 @@ LOGICAL_AXIS_RULES = (
 )
 """The mesh axes of each logical axis, used unless Flax's `nnx.logical_axis_rules` are set.
 
-The default mesh axes are data, fsdp, expert and tensor; a mesh may have any of them, or none. Outside the experts the
-expert axis holds tokens like the data axis. A logical name without a rule, and a mesh axis that the mesh lacks, mean
-replicated.
+The default mesh axes are data, fsdp, expert and tensor; a mesh may have any of them, or none. Outside the
+experts the expert axis holds tokens like the data axis. A logical name without a rule, and a mesh axis that
+the mesh lacks, mean replicated.
 """
 
 LogicalAxes = Sequence[str | None]
@@ -33,8 +34,8 @@ Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 def partition_spec(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh | None = None) -> PartitionSpec:
     """Resolves logical axis names to the axes of a mesh.
 
-    Mesh axes that are missing, manual (inside `jax.shard_map`), used by an earlier dimension, or whose size does not
-    divide the dimension are left out: that dimension is then replicated over them.
+    Mesh axes that are missing, manual (inside `jax.shard_map`), used by an earlier dimension, or whose size
+    does not divide the dimension are left out: that dimension is then replicated over them.
 
     Args:
         axes: a logical name, or None, for each dimension.
@@ -61,7 +62,7 @@ def partition_spec(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh | None = 
 
 def mesh_axes(axis: str | None, mesh: Mesh) -> tuple[str, ...]:
     """Returns the axes of a mesh that a logical axis may be sharded over."""
-    rules = dict(get_logical_axis_rules() or LOGICAL_AXIS_RULES)
+    rules: dict[str | None, Any] = dict(get_logical_axis_rules() or LOGICAL_AXIS_RULES)
     return tuple(name for name in as_axes(rules.get(axis)) if name in shardable_axes(mesh))
 
 
@@ -88,8 +89,8 @@ def named_sharding[T](tree: T, mesh: Mesh) -> T:
 def partitioned(initializer: Callable[..., Array], axes: LogicalAxes) -> Callable[..., Array]:
     """Wraps an initializer so that the parameters it makes carry logical axis names.
 
-    On a mesh (`jax.set_mesh`) the parameters are also placed by them. Unlike `nnx.with_partitioning` alone this needs
-    no mesh, and no mesh axis for each name.
+    On a mesh (`jax.set_mesh`) the parameters are also placed by them. Unlike `nnx.with_partitioning` alone
+    this needs no mesh, and no mesh axis for each name.
 
     Args:
         initializer: a function of key, shape and dtype.
@@ -108,13 +109,13 @@ def partitioned(initializer: Callable[..., Array], axes: LogicalAxes) -> Callabl
 
 
 def place(array: Array, spec: PartitionSpec) -> Array:
-    """Shards an array over the current mesh, whatever the types of its axes; without a mesh, returns it as it is."""
+    """Shards an array over the current mesh, whatever the types of its axes; without a mesh, does nothing."""
     auto = _axes_of_type(jax.sharding.get_abstract_mesh(), AxisType.Auto)
-    array = reshard(array, spec)
+    array = reshard(spec, array)
     return jax.lax.with_sharding_constraint(array, _only(spec, auto)) if auto else array
 
 
-def reshard[T](tree: T, spec: PartitionSpec) -> T:
+def reshard[T](spec: PartitionSpec, tree: T) -> T:
     """Shards arrays over the Explicit axes of the current mesh, and leaves its Auto axes to the compiler."""
     explicit = _axes_of_type(jax.sharding.get_abstract_mesh(), AxisType.Explicit)
     if not explicit:
@@ -149,7 +150,7 @@ def _axes_of_type(mesh: Mesh, *types: AxisType) -> set[str]:
 
 
 def _dividing(wanted: Sequence[str], used: set[str], size: int, mesh: Mesh) -> tuple[str, ...]:
-    """Takes the wanted axes that are not used yet, one after the other, where their sizes divide the dimension."""
+    """Takes the wanted axes, one after the other, that are not used yet and divide the dimension."""
     taken = ()
     for axis in wanted:
         if axis not in used and size % mesh.shape[axis] == 0:
