@@ -5,7 +5,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 JOBS := 2
 
-PIP := -m pip --disable-pip-version-check --quiet install
+PIP := -m pip --disable-pip-version-check --quiet install --no-compile
 PYTEST := -m pytest -n $(JOBS) --durations=15
 
 .DEFAULT_GOAL := help

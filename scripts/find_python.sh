@@ -13,7 +13,7 @@ for python in python3.14 python3.13 python3.12 python3 "$HOME"/.pyenv/versions/3
 done
 
 if command -v uv >/dev/null 2>&1; then
-    find_by_uv() { uv python find --quiet --no-project --system '>=3.12,<3.15'; }
+    find_by_uv() { uv python find --no-project --system '>=3.12,<3.15'; }
     if path=$(find_by_uv 2>/dev/null) && works "$path" ||
         { uv python install --quiet 3.13 >&2 && path=$(find_by_uv) && works "$path"; }; then
         echo "$path"

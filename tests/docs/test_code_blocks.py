@@ -1,0 +1,139 @@
+"""Runs the code in README.md and docs/*.md.
+
+- `python`: the blocks of a page are run in order, in one namespace, in a process of their own with eight
+  virtual CPU devices, with warnings as errors.
+- `bash`: each command is checked, not run: `_COMMANDS` says how for every command that may be there.
+- `yaml`: is a file for `jmoe-train --config`.
+- `text` and `bibtex` are not code. No other block is allowed.
+"""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from train.arguments import parse, with_file
+from train.cli import EvalCommand, GenerateCommand, TokenizerCommand, TrainCommand
+from train.config import preset
+
+ROOT = Path(__file__).parents[2]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
+
+_BLOCK = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)")
+
+
+def blocks(page, language):
+    """Blocks of a page in that language, each led by empty lines so that it keeps its line numbers."""
+    text = page.read_text()
+    for match in _BLOCK.finditer(text):
+        if match[1] == language:
+            yield "\n" * text.count("\n", 0, match.start(2)) + match[2]
+
+
+def with_blocks(language):
+    pages = [page for page in PAGES if any(blocks(page, language))]
+    return pytest.mark.parametrize("page", pages, ids=lambda page: page.name)
+
+
+# Bash: what may stand in a page, and how each command is checked.
+
+
+def _check_jmoe_train(arguments):
+    commands = {"eval": EvalCommand, "generate": GenerateCommand, "tokenizer": TokenizerCommand}
+    if arguments and arguments[0] in commands:
+        parse(commands[arguments[0]], arguments[1:])
+    elif arguments != ["--help"]:
+        parse(TrainCommand, arguments, default=TrainCommand(fields=preset("tiny")))
+
+
+def _check_make(arguments):
+    subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def _check_pip(arguments):
+    assert arguments[0] == "install"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for argument in arguments[1:]:
+        requirement = re.fullmatch(r"(jmoe|\.)(?:\[(.+)\])?", argument)
+        assert requirement or argument == "-e", f"pip install {argument}"
+        if requirement and requirement[2]:
+            assert set(requirement[2].split(",")) <= extras.keys()
+
+
+def _check_python(arguments):
+    assert arguments[0] == "-m"
+    if arguments[1] == "train":
+        _check_jmoe_train(arguments[2:])
+    else:
+        assert importlib.util.find_spec(arguments[1]), f"there is no module {arguments[1]}"
+
+
+def _accept(arguments):
+    """A command of another program, which the pages only show."""
+
+
+_COMMANDS = {
+    "cd": _accept,
+    "git": _accept,
+    "jmoe-train": _check_jmoe_train,
+    "make": _check_make,
+    "pip": _check_pip,
+    "python": _check_python,
+    "tensorboard": _accept,
+}
+
+
+@with_blocks("bash")
+def test_bash_blocks_hold_commands_that_exist(page):
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if not words:
+                continue
+            command = Path(words[0]).name
+            assert command in _COMMANDS, f"{page.name} shows {command}, which no check knows"
+            _COMMANDS[command](words[1:])
+
+
+@with_blocks("python")
+def test_python_blocks_run(page, tmp_path):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    program = f"namespace = {{'__name__': '__main__'}}\nfor block in {list(blocks(page, 'python'))!r}:\n"
+    program += f"    exec(compile(block, {str(page)!r}, 'exec'), namespace)\n"
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@with_blocks("yaml")
+def test_yaml_blocks_are_configurations(page, tmp_path):
+    for block in blocks(page, "yaml"):
+        file = tmp_path / "config.yaml"
+        file.write_text(block)
+        with_file(preset("tiny"), file)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_is_in_a_language_that_is_checked(page):
+    text = page.read_text()
+    assert {match[1] for match in _BLOCK.finditer(text)} <= {"python", "bash", "yaml", "text", "bibtex"}
+    assert len(_BLOCK.findall(text)) * 2 == len(re.findall("^ *```", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_of_the_project(page):
+    for target in _LINK.findall(page.read_text()):
+        assert not target or (page.parent / target).exists(), f"{page.name} links to {target}"
