@@ -34,12 +34,15 @@ def combine(
 
 
 def _combine_slots(rows, weight, dispatch, num_tokens):
-    del num_tokens
-    terms = rows[dispatch.position].astype(jnp.promote_types(rows.dtype, jnp.float32))
-    if weight is not None:
-        terms = weight[..., None] * terms
+    """Adds the slots one after the other, which compiles to one pass over the rows and makes no [T, K, D]."""
     present = dispatch.position < dispatch.group_sizes.sum()
-    return jnp.where(present[..., None], terms, 0).sum(axis=1)
+    total = jnp.zeros((num_tokens, rows.shape[1]), jnp.promote_types(rows.dtype, jnp.float32))
+    for k in range(dispatch.position.shape[1]):
+        term = rows[dispatch.position[:, k]].astype(total.dtype)
+        if weight is not None:
+            term = weight[:, k, None] * term
+        total += jnp.where(present[:, k, None], term, 0)
+    return total
 
 
 def _combine_flat(rows, weight, dispatch, num_tokens):
@@ -68,11 +71,13 @@ def group_sum(rows: Float[Array, "R N"], group_sizes: Int32[Array, " E"]) -> Flo
 
     Rows past the last group never enter, even where they hold NaN.
     """
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    if not rows.shape[0]:
+        return jnp.zeros((group_sizes.size, rows.shape[1]), dtype)
     block_rows = 128
     schedule = make_block_schedule(group_sizes, num_rows=rows.shape[0], block_rows=block_rows)
     offset = jnp.arange(block_rows, dtype=jnp.int32)
-    block = rows.at[schedule.start[:, None] + offset].get(mode="clip")
-    block = block.astype(jnp.promote_types(rows.dtype, jnp.float32))
+    block = rows.at[schedule.start[:, None] + offset].get(mode="clip").astype(dtype)
     in_block = offset < schedule.size[:, None]
     block_sum = jnp.where(in_block[:, :, None], block, 0).sum(axis=1)
     # Padding blocks sum to zero, whatever group they name. A selection, because NaN times zero would reach

@@ -1,0 +1,318 @@
+"""`jmoe.moe_mlp` against the formulas: forward, gradients, absent assignments, memory, transformations."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jmoe
+
+CASES = [
+    # tokens, experts, top_k, options
+    (1, 1, 1, {"activation": "swiglu"}),
+    (1, 8, 2, {"activation": "geglu", "bias": True}),
+    (7, 2, 2, {"activation": "reglu", "weight_on": "input"}),
+    (7, 8, 8, {"activation": "gelu", "bias": True, "weight_on": "input"}),
+    (7, 64, 1, {"activation": "swiglu", "bias": True}),
+    (128, 1, 1, {"activation": "relu"}),
+    (128, 8, 1, {"activation": "silu", "bias": True}),
+    (128, 64, 64, {"activation": "swiglu", "features": 4, "hidden": 4}),
+    (1000, 8, 2, {"activation": "swiglu", "bias": True}),
+    (1000, 64, 2, {"activation": "relu_squared", "weight_on": "input"}),
+    (1000, 2, 2, {"activation": "geglu"}),
+]
+
+
+def output_and_gradients(function, arrays, dy):
+    """Runs `function(**arrays)` forward and backward under one jit."""
+
+    @jax.jit
+    def run(arrays, dy):
+        y, vjp = jax.vjp(lambda arrays: function(**arrays), arrays)
+        return y, vjp(dy)[0]
+
+    return run(arrays, dy)
+
+
+def cotangent(problem):
+    return jnp.asarray(np.random.default_rng(1).standard_normal(problem.x.shape), problem.x.dtype)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "options"), CASES)
+def test_float32_matches_the_formulas_forward_and_backward(tokens, experts, top_k, options, make_problem, relative_error):
+    problem = make_problem(tokens, experts, top_k, **options)
+    dy = cotangent(problem)
+    y, gradients = output_and_gradients(problem.moe_mlp, problem.differentiable, dy)
+    assert relative_error(y, problem.numpy_moe()) < 2e-6
+    _, expected = output_and_gradients(problem.dense_moe, problem.differentiable, dy)
+    for name in expected:
+        assert relative_error(gradients[name], expected[name]) < 2e-6, name
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "options"),
+    [
+        (7, 2, 2, {"activation": "swiglu", "weight_on": "input", "bias": True}),
+        (128, 8, 2, {"activation": "swiglu", "bias": True}),
+        (1000, 64, 1, {"activation": "gelu"}),
+    ],
+)
+def test_bfloat16_matches_the_formulas_within_its_rounding(tokens, experts, top_k, options, make_problem, relative_error):
+    problem = make_problem(tokens, experts, top_k, dtype=jnp.bfloat16, **options)
+    dy = cotangent(problem)
+    y, gradients = output_and_gradients(problem.moe_mlp, problem.differentiable, dy)
+    assert y.dtype == jnp.bfloat16
+    assert relative_error(y, problem.numpy_moe()) < 1e-2
+    exact = {name: array.astype(jnp.float32) for name, array in problem.differentiable.items()}
+    _, expected = output_and_gradients(problem.dense_moe, exact, dy.astype(jnp.float32))
+    for name in expected:
+        assert gradients[name].dtype == problem.differentiable[name].dtype, name
+        assert relative_error(gradients[name], expected[name]) < 1e-2, name
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_gradients_match_finite_differences_in_float64(weight_on, make_problem):
+    with jax.enable_x64(True):
+        problem = make_problem(5, 3, 2, features=3, hidden=4, bias=True, dtype=jnp.float64, weight_on=weight_on)
+        dy = cotangent(problem)
+        loss = jax.jit(lambda arrays: jnp.sum(problem.moe_mlp(**arrays) * dy))
+        arrays = problem.differentiable
+        gradients = jax.grad(loss)(arrays)
+        rng = np.random.default_rng(2)
+        for name, array in arrays.items():
+            direction = rng.standard_normal(array.shape)
+            step = 1e-5
+            up, down = (loss({**arrays, name: array + sign * step * direction}) for sign in (1, -1))
+            slope = np.sum(np.asarray(gradients[name]) * direction)
+            np.testing.assert_allclose(slope, (up - down) / (2 * step), rtol=1e-7, err_msg=name)
+
+
+def test_all_tokens_on_one_expert_leaves_the_others_gradients_exactly_zero(make_problem, relative_error):
+    problem = make_problem(50, 4, 1, bias=True)
+    problem = dataclasses.replace(problem, expert_index=jnp.full((50, 1), 2))
+    y, gradients = output_and_gradients(problem.moe_mlp, problem.differentiable, cotangent(problem))
+    assert relative_error(y, problem.numpy_moe()) < 2e-6
+    for name in ("w_up", "w_down", "b_up", "b_down"):
+        others = np.delete(np.asarray(gradients[name]), 2, axis=0)
+        assert np.all(others == 0), name
+        assert np.any(gradients[name][2] != 0), name
+
+
+@pytest.mark.parametrize(("flat", "weight_on"), [(False, "output"), (False, "input"), (True, "output")])
+def test_absent_assignments_leak_nothing_even_where_memory_holds_nan(flat, weight_on, make_problem, relative_error):
+    problem = make_problem(40, 4, 3, bias=True, weight_on=weight_on)
+    rng = np.random.default_rng(3)
+    absent = rng.random((40, 3)) < 0.3
+    absent[:5] = True  # tokens that no expert sees, whose x is NaN
+    index = jnp.where(absent, rng.choice([-1, 4, 99, -7], (40, 3)), problem.expert_index)
+    clean = dataclasses.replace(problem, expert_index=index, weight=jnp.where(absent, 0, problem.weight))
+    dirty = dataclasses.replace(
+        clean, weight=jnp.where(absent, jnp.nan, problem.weight), x=problem.x.at[:5].set(jnp.nan)
+    )
+
+    def moe_mlp(**arrays):
+        p = dataclasses.replace(dirty, **arrays)
+        if not flat:
+            return p.moe_mlp()
+        tokens = jnp.repeat(jnp.arange(40), 3)
+        routing = jmoe.Assignments(tokens, p.expert_index.ravel(), p.weight.ravel())
+        return jmoe.moe_mlp(p.x, p.w_up, p.w_down, routing, b_up=p.b_up, b_down=p.b_down, **p.options)
+
+    dy = cotangent(problem)
+    y, gradients = output_and_gradients(moe_mlp, dirty.differentiable, dy)
+    expected_y, expected = output_and_gradients(clean.dense_moe, clean.differentiable, dy)
+    assert np.all(y[:5] == 0)
+    assert relative_error(y, expected_y) < 2e-6
+    assert np.all(gradients["weight"][absent] == 0)
+    assert np.all(gradients["x"][:5] == 0)
+    expected["weight"] = jnp.where(absent, 0, expected["weight"])
+    for name in expected:
+        assert relative_error(gradients[name], expected[name]) < 2e-6, name
+
+
+def test_an_activation_that_is_nan_at_zero_does_not_leak_from_absent_rows(make_problem):
+    problem = make_problem(6, 2, 2, activation="relu")
+    problem.options["activation"] = lambda h: h * jnp.log(h**2)
+    problem = dataclasses.replace(problem, expert_index=problem.expert_index.at[0].set(-1))
+    y, gradients = output_and_gradients(problem.moe_mlp, problem.differentiable, cotangent(problem))
+    assert np.isfinite(y).all()
+    assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+
+
+def test_flat_assignments_give_what_the_same_routing_gives_in_any_order(make_problem, relative_error):
+    problem = make_problem(30, 5, 3, bias=True)
+    order = np.random.default_rng(4).permutation(90)
+
+    def flat(x, w_up, w_down, b_up, b_down, weight):
+        tokens = jnp.repeat(jnp.arange(30), 3)
+        routing = jmoe.Assignments(tokens[order], problem.expert_index.ravel()[order], weight.ravel()[order])
+        return jmoe.moe_mlp(x, w_up, w_down, routing, b_up=b_up, b_down=b_down)
+
+    dy = cotangent(problem)
+    y, gradients = output_and_gradients(flat, problem.differentiable, dy)
+    expected_y, expected = output_and_gradients(problem.moe_mlp, problem.differentiable, dy)
+    assert relative_error(y, expected_y) < 2e-6
+    for name in expected:
+        assert relative_error(gradients[name], expected[name]) < 2e-6, name
+
+
+def test_flat_assignments_allow_any_number_of_experts_for_a_token(relative_error):
+    rng = np.random.default_rng(5)
+    x, w_up, w_down = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 3), (2, 3, 8), (2, 4, 3)))
+    # Token 0 has three assignments, two of them to one expert; token 1 none; token 9 does not exist.
+    tokens, experts = jnp.array([3, 0, 0, 9, 0, 2, -1]), jnp.array([1, 0, 1, 0, 0, 1, 1])
+    weight = jnp.asarray(rng.random(7), jnp.float32)
+    y = jmoe.moe_mlp(x, w_up, w_down, jmoe.Assignments(tokens, experts, weight))
+
+    def expert(t, e):
+        h = x[t] @ w_up[e]
+        return (jax.nn.silu(h[:4]) * h[4:]) @ w_down[e]
+
+    expected = jnp.stack(
+        [
+            weight[1] * expert(0, 0) + weight[2] * expert(0, 1) + weight[4] * expert(0, 0),
+            jnp.zeros(3),
+            weight[5] * expert(2, 1),
+            weight[0] * expert(3, 1),
+        ]
+    )
+    assert relative_error(y, expected) < 2e-6
+
+
+@pytest.mark.parametrize(("activation", "width"), [("swiglu", 2), ("gelu", 1)])
+def test_only_x_and_the_pre_activations_are_kept_for_the_backward(activation, width, make_problem):
+    problem = make_problem(64, 8, 4, activation=activation, bias=True, features=32, hidden=16)
+    x = problem.x.astype(jnp.bfloat16)
+    routing = jmoe.Routing(problem.expert_index, problem.weight)
+
+    def layer(x, w_up, w_down, b_up, b_down, weight):
+        routing = jmoe.Routing(problem.expert_index, weight)
+        return jmoe.moe_mlp(x, w_up, w_down, routing, activation=activation, b_up=b_up, b_down=b_down)
+
+    arguments = {**problem.differentiable, "x": x}
+    _, vjp = jax.vjp(functools.partial(layer), *arguments.values())
+    kept = jax.tree.leaves(vjp)
+    parameters = {(a.shape, a.dtype) for name, a in arguments.items() if name != "x"}
+    floats = [a for a in kept if jnp.issubdtype(a.dtype, jnp.floating) and (a.shape, a.dtype) not in parameters]
+    rows = routing.weight.size
+    # 2*T*D + 4*R*F bytes for a gated MLP, 2*T*D + 2*R*F for a plain one.
+    assert sum(a.nbytes for a in floats) == 2 * 64 * 32 + 2 * width * rows * 16
+    integers = [a for a in kept if jnp.issubdtype(a.dtype, jnp.integer)]
+    assert sum(a.size for a in integers) <= 4 * rows + 8
+
+
+def test_gradients_of_float32_master_weights_are_not_rounded_to_the_compute_dtype(make_problem):
+    problem = make_problem(64, 4, 2, bias=True)
+    x = problem.x.astype(jnp.bfloat16)
+    gradients = jax.jit(jax.grad(lambda w_up: jnp.sum(problem.moe_mlp(x=x, w_up=w_up))))(problem.w_up)
+    assert gradients.dtype == jnp.float32
+    assert np.any(gradients != gradients.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_every_implementation_gives_the_same(implementation, make_problem, relative_error):
+    problem = make_problem(33, 4, 2, implementation=implementation)
+    assert relative_error(jax.jit(problem.moe_mlp)(), problem.numpy_moe()) < 2e-6
+
+
+def test_the_same_inputs_give_the_same_bits(make_problem):
+    problem = make_problem(200, 8, 4, bias=True)
+
+    @jax.jit
+    def run(arrays, dy):
+        y, vjp = jax.vjp(lambda arrays: problem.moe_mlp(**arrays), arrays)
+        return y, vjp(dy)[0]
+
+    first, second = (run(problem.differentiable, cotangent(problem)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_vmap_over_tokens_and_routing_gives_each_element_its_own_result(make_problem, relative_error):
+    problems = [make_problem(9, 3, 2, seed=seed) for seed in range(3)]
+    names = ("x", "weight", "expert_index")
+    stacked = {name: jnp.stack([getattr(p, name) for p in problems]) for name in names}
+
+    def gradient(function):
+        def loss(w_up, arrays):
+            y = function(w_up=w_up, **arrays)
+            return jnp.sum(y**2), y
+
+        return jax.jit(jax.vmap(jax.grad(loss, has_aux=True), in_axes=(None, 0)))
+
+    gradients, y = gradient(problems[0].moe_mlp)(problems[0].w_up, stacked)
+    expected_gradients, expected_y = gradient(problems[0].dense_moe)(problems[0].w_up, stacked)
+    assert relative_error(y, expected_y) < 2e-6
+    assert relative_error(gradients, expected_gradients) < 2e-6
+
+
+def test_scan_over_rematerialised_layers_equals_a_loop(make_problem, relative_error):
+    problem = make_problem(9, 3, 2)
+    layers = [make_problem(9, 3, 2, seed=seed) for seed in range(3)]
+    w_up, w_down = jnp.stack([p.w_up for p in layers]), jnp.stack([p.w_down for p in layers])
+
+    def layer(x, weights):
+        w_up, w_down = weights
+        return x + problem.moe_mlp(x=x, w_up=w_up, w_down=w_down), None
+
+    def scanned(w_up, w_down):
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), problem.x, (w_up, w_down))[0] ** 2)
+
+    def looped(w_up, w_down):
+        x = problem.x
+        for i in range(3):
+            x += problem.dense_moe(x=x, w_up=w_up[i], w_down=w_down[i])
+        return jnp.sum(x**2)
+
+    gradients = jax.jit(jax.grad(scanned, argnums=(0, 1)))(w_up, w_down)
+    expected = jax.jit(jax.grad(looped, argnums=(0, 1)))(w_up, w_down)
+    for actual, wanted in zip(gradients, expected, strict=True):
+        assert relative_error(actual, wanted) < 5e-6
+
+
+def test_no_tokens_give_no_rows(make_problem):
+    problem = make_problem(0, 2, 1, bias=True)
+    y, gradients = output_and_gradients(problem.moe_mlp, problem.differentiable, cotangent(problem))
+    assert y.shape == problem.x.shape
+    assert np.all(gradients["w_up"] == 0)
+
+
+def test_forward_mode_raises_jaxs_own_error(make_problem):
+    problem = make_problem(4, 2, 1)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: problem.moe_mlp(x=x), (problem.x,), (problem.x,))
+
+
+@pytest.mark.usefixtures("without_annotation_checks")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": jnp.ones((2, 4, 12))}, r"x is float32\[2, 4, 12\]; it must be floating-point \[T, D\]"),
+        ({"x": jnp.ones((4, 12), jnp.int32)}, "x is int32"),
+        ({"w_up": jnp.ones((2, 12, 20))}, r"w_up is .*E=2, D=12, 2F=40\] \(swiglu is gated"),
+        ({"w_up": jnp.ones((3, 12, 40))}, r"w_up is .*E=2"),
+        ({"w_down": jnp.ones((2, 20, 13))}, r"w_down is .*\[E, F, D=12\]"),
+        ({"b_up": jnp.ones((2, 20))}, r"b_up is .*\[E=2, 2F=40\]"),
+        ({"b_down": jnp.ones((2, 20))}, r"b_down is .*\[E=2, D=12\]"),
+        ({"expert_index": jnp.zeros((5, 1), jnp.int32), "weight": jnp.ones((5, 1))}, "5 tokens and x has 4"),
+        ({"weight": jnp.ones((4, 2))}, r"routing.weight is float32\[4, 2\]"),
+        ({"expert_index": jnp.zeros((4, 1))}, "routing.expert_index is float32"),
+        ({"options": {"activation": "swish"}}, "activation is 'swish'; it must be one of 'swiglu', 'geglu'"),
+        ({"options": {"weight_on": "both"}}, "weight_on is 'both'; it must be 'output' or 'input'"),
+        ({"options": {"implementation": "triton"}}, "implementation is 'triton'"),
+        ({"options": {"implementation": "mosaic_gpu"}}, "needs a Hopper GPU"),
+    ],
+)
+def test_a_bad_argument_is_a_value_error_that_names_it(change, message, make_problem):
+    problem = make_problem(4, 2, 1)
+    with pytest.raises(ValueError, match=message):
+        problem.moe_mlp(**change)
+
+
+@pytest.mark.usefixtures("without_annotation_checks")
+def test_a_routing_of_another_type_is_a_value_error(make_problem):
+    problem = make_problem(4, 2, 1)
+    with pytest.raises(ValueError, match=r"routing is a tuple; it must be a jmoe.Routing or jmoe.Assignments"):
+        jmoe.moe_mlp(problem.x, problem.w_up, problem.w_down, (problem.expert_index, problem.weight))
