@@ -1,0 +1,51 @@
+"""`jmoe.debug_checks` turns values that break a rule into checkify errors."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.experimental import checkify
+
+import jmoe
+
+
+def error_of(function, *arguments):
+    """The checkify error of a function that has been compiled, and run without the checks, before."""
+    compiled = jax.jit(function)
+    compiled(*arguments)
+    with jmoe.debug_checks():
+        error, _ = jax.jit(checkify.checkify(compiled))(*arguments)
+    return error.get()
+
+
+def moe_mlp(token_index, expert_index, weight):
+    routing = jmoe.Assignments(token_index, expert_index, weight)
+    return jmoe.moe_mlp(jnp.ones((3, 2)), jnp.ones((2, 2, 8)), jnp.ones((2, 4, 2)), routing)
+
+
+def test_nan_logits_are_reported_with_the_number_of_tokens():
+    logits = jnp.ones((4, 3)).at[1, 2].set(jnp.nan)
+    assert "logits hold NaN for 1 of 4 tokens" in error_of(lambda z: jmoe.route_top_k(z, 2), logits)
+
+
+@pytest.mark.parametrize(
+    ("token_index", "expert_index", "weight", "message"),
+    [
+        ([0, 2], [1, 5], [1.0, 1.0], "expert_index lies between 0 and 5; it must be in [0, E), or -1 where absent"),
+        ([0, 3], [1, 0], [1.0, 1.0], "token_index of a present assignment is outside [0, T)"),
+        ([0, 2], [1, 0], [1.0, jnp.inf], "the routing weight of a present assignment is not finite"),
+    ],
+)
+def test_a_routing_that_breaks_a_rule_is_reported(token_index, expert_index, weight, message):
+    assert message in error_of(moe_mlp, *map(jnp.array, (token_index, expert_index, weight)))
+
+
+def test_absent_assignments_may_hold_anything():
+    assert error_of(moe_mlp, jnp.array([0, 9]), jnp.array([1, -1]), jnp.array([1.0, jnp.nan])) is None
+
+
+def test_a_layer_passes_the_checks_and_its_masked_tokens_may_be_nan():
+    moe = nnx.clone(jmoe.MoE(4, 8, 3, 2, rngs=nnx.Rngs(0)))
+    x = jnp.ones((3, 4)).at[0].set(jnp.nan)
+    assert error_of(lambda x, mask: moe(x, mask=mask)[0], x, jnp.array([False, True, True])) is None
+    assert "logits hold NaN for 1 of 3 tokens" in error_of(lambda x: moe(x)[0], x)
