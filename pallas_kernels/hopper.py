@@ -6,7 +6,8 @@ tile after tile.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,12 @@ class Ring:
 
 
 def accumulate(
-    ring: Ring, first_step: Array, num_steps: Array, shape: tuple[int, int], multiply: Callable[[Ref, Array, Array], None]
+    ring: Ring,
+    first_step: Array,
+    num_steps: Scalar,
+    shape: tuple[int, int],
+    multiply: Callable[[Ref, Array, Array], None],
+    meanwhile: Sequence[Callable[[], None]] = (),
 ) -> Array:
     """Compute warpgroup: sums the products of the ring's next `num_steps` steps.
 
@@ -100,6 +106,7 @@ def accumulate(
         num_steps: how many there are; with none the sum is zero.
         shape: of the accumulator.
         multiply: called with the accumulator, the number of the step among these, and its slot; issues one wgmma.
+        meanwhile: work to do while the tensor cores are busy, one piece after each of the first wgmmas.
 
     Returns:
         f32[shape], in registers.
@@ -109,6 +116,8 @@ def accumulate(
         def step(k, carry):
             ring.wait_for_data(first_step + k)
             multiply(acc, k, ring.slot(first_step + k))
+            for turn, work in enumerate(meanwhile):
+                pl.when(k == turn)(work)
             # One wgmma stays in flight, so the slot that is surely read is the one before.
             plgpu.wgmma_wait(1)
 
@@ -127,43 +136,75 @@ def accumulate(
 
         return acc[...]
 
-    return pl.run_scoped(scope, plgpu.ACC(shape))
+    out = pl.run_scoped(scope, plgpu.ACC(shape))
+    for turn, work in enumerate(meanwhile):
+        pl.when(num_steps <= turn)(work)
+    return out
 
 
-def store_rows(
-    tile: Array, buffers: Ref, out: Ref, *, first_row: Array, first_column: Array, begin: Scalar, end: Scalar
-) -> None:
-    """Compute warpgroup: stores rows `begin : end` of a 64-row tile in registers to global memory.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PendingStore:
+    """A finished tile in registers, on its way to global memory.
 
-    Columns go through two alternating buffers, 128 bytes wide each. The copies are left in flight.
+    Storing it takes a warpgroup about as long as two steps of the ring. So a tile is kept until the next tile's
+    first products run on the tensor cores, and its pieces are stored in their shadow.
 
-    Args:
-        tile: [64, columns], in registers, of the dtype of `out`.
-        buffers: [2, 64, 128 bytes] of shared memory, made by `result_tile`, this warpgroup's own.
-        out: [rows, columns] of global memory.
-        first_row: the row of `out` where the tile's row 0 belongs.
-        first_column: the column of `out` where the tile's column 0 belongs.
+    Attributes:
+        tile: [64, columns], in registers, of the dtype of the result.
+        row: the row of the result where the tile's row 0 belongs.
+        column: the column of the result where the tile's column 0 belongs.
         begin: the first row of the tile to store.
-        end: the row after the last.
+        end: the row after the last; none is stored if it is not past `begin`.
+        matrix: which matrix of the result it belongs to.
     """
-    width = swizzled_columns(tile.dtype)
-    num_rows = end - begin
-    for piece in range(tile.shape[1] // width):
-        buffer = buffers.at[piece % 2]
+
+    tile: Array
+    row: Array
+    column: Array
+    begin: Array
+    end: Array
+    matrix: Array
+
+    @classmethod
+    def nothing(cls, shape: tuple[int, int], dtype: jax.typing.DTypeLike) -> "PendingStore":
+        """Returns a tile of which no row is to be stored."""
+        return cls(jnp.zeros(shape, dtype), *[jnp.int32(0)] * 5)
+
+    def pieces(self, buffers: Ref, out: Ref) -> list[Callable[[], None]]:
+        """Cuts the store into pieces, 128 bytes wide each, to be called in order.
+
+        Args:
+            buffers: [2, 64, 128 bytes] of shared memory, made by `result_tile`, this warpgroup's own.
+            out: [matrices, rows, columns] of global memory. The copies are left in flight.
+        """
+        return [
+            functools.partial(self._store_piece, piece, buffers.at[piece % 2], out)
+            for piece in range(self.tile.shape[1] // swizzled_columns(self.tile.dtype))
+        ]
+
+    def store(self, buffers: Ref, out: Ref) -> None:
+        """Stores the whole tile at once."""
+        for piece in self.pieces(buffers, out):
+            piece()
+
+    def _store_piece(self, piece: int, buffer: Ref, out: Ref) -> None:
+        width = buffer.shape[1]
         plgpu.wait_smem_to_gmem(1 if piece else 0, wait_read_only=True)
-        buffer[...] = tile[:, piece * width : (piece + 1) * width]
+        buffer[...] = self.tile[:, piece * width : (piece + 1) * width]
         plgpu.commit_smem()
-        columns = pl.ds(first_column + piece * width, width)
+        columns = pl.ds(pl.multiple_of(self.column + piece * width, width), width)
+        num_rows = jnp.maximum(self.end - self.begin, 0)
         # A TMA copy has a static height, so a part of the tile leaves as copies of 2^i rows for the ones among the
         # binary digits of its height.
-        done = begin
+        done = self.begin
         for height in (64, 32, 16, 8, 4, 2, 1):
-            source = buffer.at[pl.ds(done, height)] if height < 64 else buffer
+            source = buffer.at[pl.ds(done, height)] if height < WARPGROUP_ROWS else buffer
 
             @pl.when(num_rows & height != 0)
             def store(height=height, source=source, done=done):
-                rows = pl.ds(first_row + done, height)
-                plgpu.copy_smem_to_gmem(source, out.at[rows, columns], commit_group=False)
+                rows = pl.ds(self.row + done, height)
+                plgpu.copy_smem_to_gmem(source, out.at[self.matrix, rows, columns], commit_group=False)
 
             done = done + (num_rows & height)
         plgpu.commit_smem_to_gmem_group()
@@ -186,6 +227,11 @@ def why_unsupported(
     if odd := [width for width in widths if width % WARPGROUP_ROWS]:
         return f"a width of {odd[0]} is not a multiple of {WARPGROUP_ROWS}."
     return None
+
+
+def block_columns(n: int) -> int:
+    """Chooses the columns of a tile: 256, unless more than an eighth of them would lie outside the matrix."""
+    return 256 if pl.cdiv(n, 256) * 256 * 7 <= n * 8 else 128
 
 
 def pad_rows(x: Float[Array, "M N"]) -> Float[Array, "_ N"]:

@@ -25,7 +25,7 @@ class Config:
 
     Attributes:
         block_m: rows of a tile, 64 for each compute warpgroup.
-        block_n: columns of a tile; 64, 128 or 256.
+        block_n: columns of a tile; 128 or 256.
         block_k: contracted columns of a step.
         num_stages: slots of the ring.
         cluster_m: blocks that work on neighbouring rows of a group and share the tile of `rhs` by multicast.
@@ -75,44 +75,41 @@ def grouped_matmul(
         cover_remainder=True,
     )
 
-    def kernel(lhs, rhs, group, start, size, num_used, out, a_s, b_s, out_s, full, empty):
+    def kernel(lhs, rhs, group, start, size, num_blocks, out, a_s, b_s, out_s, full, empty):
         ring = hopper.Ring(full, empty, config.num_stages)
         warpgroup, block = lax.axis_index("wg"), lax.axis_index("block")
-        first_tile = lax.axis_index("cluster")
-        row_blocks = num_used[0]
-        num_tiles = row_blocks * num_column_blocks
+        own_cluster = lax.axis_index("cluster")
 
-        def for_each_tile(work):
-            """Runs `work(row_block, first_column, step) -> step` for every tile of this block."""
+        def for_each_tile(first_block, last_block, visit, carry):
+            """Runs `visit(i, row_block, first_column, carry) -> carry` for this block's tiles of some row blocks."""
 
-            def visit(i, step):
+            def visit_tile(i, carry):
                 row_block, column_block = _rasterize(
-                    first_tile + i * num_clusters, row_blocks, num_column_blocks, config.raster_rows
+                    own_cluster + i * num_clusters, last_block - first_block, num_column_blocks, config.raster_rows
                 )
                 column = column_block * columns_of_cluster + (block % config.cluster_n) * block_n
-                return work(row_block, column, step)
+                return visit(i, first_block + row_block, column, carry)
 
-            return lax.fori_loop(0, pl.cdiv(num_tiles - first_tile, num_clusters), visit, jnp.int32(0))
+            num_tiles = (last_block - first_block) * num_column_blocks
+            return lax.fori_loop(0, pl.cdiv(num_tiles - own_cluster, num_clusters), visit_tile, carry)
 
-        def rows_of(row_block):
-            """The rows to store, the first row that the block reads, and the steps (none past the last group)."""
-            begin = start[row_block]
-            window = begin // hopper.TMA_ROWS * hopper.TMA_ROWS + (block // config.cluster_n) * block_m
-            steps = jnp.where(group[row_block] < num_groups, k_steps, 0)
-            return begin, begin + size[row_block], pl.multiple_of(window, hopper.TMA_ROWS), steps
+        def first_row_read(row_block):
+            window = start[row_block] // hopper.TMA_ROWS * hopper.TMA_ROWS
+            return pl.multiple_of(window + (block // config.cluster_n) * block_m, hopper.TMA_ROWS)
 
         @pl.when(warpgroup == hopper.MEMORY_WARPGROUP)
         def load():
             plgpu.set_max_registers(hopper.MEMORY_REGISTERS, action="decrease")
 
-            def load_tile(row_block, column, step):
-                _, _, window, steps = rows_of(row_block)
-                matrix = rhs.at[jnp.minimum(group[row_block], num_groups - 1)]
+            def load_tile(i, row_block, column, carry):
+                window = first_row_read(row_block)
+                matrix = rhs.at[group[row_block]]
                 columns = pl.ds(pl.multiple_of(column, block_n), block_n)
 
                 def load_step(k, carry):
-                    ring.wait_for_room(step + k)
-                    slot = ring.slot(step + k)
+                    step = i * k_steps + k
+                    ring.wait_for_room(step)
+                    slot = ring.slot(step)
                     contracted = pl.ds(k * block_k, block_k)
                     plgpu.copy_gmem_to_smem(
                         lhs.at[pl.ds(window, block_m), contracted],
@@ -128,42 +125,58 @@ def grouped_matmul(
                     )
                     return carry
 
-                lax.fori_loop(0, steps, load_step, jnp.int32(0))
-                return step + steps
+                lax.fori_loop(0, k_steps, load_step, jnp.int32(0))
+                return carry + k_steps
 
-            ring.drain(for_each_tile(load_tile))
+            ring.drain(for_each_tile(0, num_blocks[0], load_tile, jnp.int32(0)))
 
         @pl.when(warpgroup < hopper.MEMORY_WARPGROUP)
         def multiply():
             plgpu.set_max_registers(hopper.COMPUTE_REGISTERS, action="increase")
-            own_rows = pl.ds(pl.multiple_of(warpgroup * hopper.WARPGROUP_ROWS, hopper.WARPGROUP_ROWS), hopper.WARPGROUP_ROWS)
+            rows_before = pl.multiple_of(warpgroup * hopper.WARPGROUP_ROWS, hopper.WARPGROUP_ROWS)
+            own_rows = pl.ds(rows_before, hopper.WARPGROUP_ROWS)
 
             def multiply_step(acc, k, slot):
                 del k
                 b = b_s.at[slot]
                 plgpu.wgmma(acc, a_s.at[slot, own_rows], plgpu.transpose_ref(b, (1, 0)) if transpose_rhs else b)
 
-            def multiply_tile(row_block, column, step):
-                begin, end, window, steps = rows_of(row_block)
-                acc = hopper.accumulate(ring, step, steps, (hopper.WARPGROUP_ROWS, block_n), multiply_step)
-                row = window + warpgroup * hopper.WARPGROUP_ROWS
-                hopper.store_rows(
-                    acc.astype(out.dtype),
-                    out_s.at[warpgroup],
-                    out,
-                    first_row=row,
-                    first_column=column,
+            def pending(tile, row_block, column):
+                begin, row = start[row_block], first_row_read(row_block) + rows_before
+                return hopper.PendingStore(
+                    tile=tile,
+                    row=row,
+                    column=column,
                     begin=jnp.clip(begin - row, 0, hopper.WARPGROUP_ROWS),
-                    end=jnp.clip(end - row, 0, hopper.WARPGROUP_ROWS),
+                    end=jnp.clip(begin + size[row_block] - row, 0, hopper.WARPGROUP_ROWS),
+                    matrix=jnp.int32(0),
                 )
-                return step + steps
 
-            for_each_tile(multiply_tile)
+            def multiply_tile(i, row_block, column, previous):
+                acc = hopper.accumulate(
+                    ring,
+                    i * k_steps,
+                    k_steps,
+                    (hopper.WARPGROUP_ROWS, block_n),
+                    multiply_step,
+                    meanwhile=previous.pieces(out_s.at[warpgroup], out),
+                )
+                return pending(acc.astype(out.dtype), row_block, column)
+
+            def clear_tile(i, row_block, column, nothing):
+                del i
+                pending(nothing.tile, row_block, column).store(out_s.at[warpgroup], out)
+                return nothing
+
+            nothing = hopper.PendingStore.nothing((hopper.WARPGROUP_ROWS, block_n), out.dtype)
+            last = for_each_tile(0, num_blocks[0], multiply_tile, nothing)
+            last.store(out_s.at[warpgroup], out)
+            for_each_tile(num_blocks[0], num_blocks[1], clear_tile, nothing)
             plgpu.wait_smem_to_gmem(0)
 
     run = hopper.persistent_kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((num_rows, n), out_dtype),
+        out_type=jax.ShapeDtypeStruct((1, num_rows, n), out_dtype),
         cluster=cluster,
         num_blocks=num_clusters * cluster,
         scratch_types=dict(
@@ -176,13 +189,15 @@ def grouped_matmul(
             empty=hopper.empty_barrier(cluster, config.num_stages),
         ),
     )
-    return run(lhs, rhs, schedule.group, schedule.start, schedule.size, schedule.num_used[None])
+    num_multiplied = jnp.sum((schedule.size > 0) & (schedule.group < num_groups), dtype=jnp.int32)
+    num_blocks = jnp.stack([num_multiplied, schedule.num_used])
+    return run(lhs, rhs, schedule.group, schedule.start, schedule.size, num_blocks).reshape(num_rows, n)
 
 
 def default_config(num_rows: int, k: int, n: int, num_groups: int) -> Config:
     """Chooses the tiles for a shape."""
     del num_rows, k, num_groups
-    return Config(block_n=256 if n % 256 == 0 or n > 512 else 128 if n % 128 == 0 else 64)
+    return Config(block_n=hopper.block_columns(n))
 
 
 def _rasterize(tile: Array, row_blocks: Array, column_blocks: int, band: int) -> tuple[Array, Array]:

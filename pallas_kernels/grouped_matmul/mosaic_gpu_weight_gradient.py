@@ -30,7 +30,7 @@ class Config:
 
     Attributes:
         block_k: rows of a tile (columns of `lhs`), half of them for each compute warpgroup.
-        block_n: columns of a tile; 64, 128 or 256.
+        block_n: columns of a tile; 128 or 256.
         block_m: contracted rows of a step.
         num_stages: slots of the ring.
         cluster_k: blocks that work on neighbouring rows of a gradient and share the tile of `out_grad` by multicast.
@@ -81,20 +81,20 @@ def grouped_weight_gradient(
         warpgroup, block = lax.axis_index("wg"), lax.axis_index("block")
         first_tile = lax.axis_index("cluster")
 
-        def for_each_tile(work):
-            """Runs `work(group, first_row, first_column, step) -> step` for every tile of this block."""
+        def for_each_tile(visit, carry):
+            """Runs `visit(group, first_row, first_column, carry) -> carry` for every tile of this block."""
 
-            def visit(i, step):
+            def visit_tile(i, carry):
                 tile = first_tile + i * num_clusters
                 row_block, column_block = plgpu.planar_snake(
                     tile % tiles_of_group, (row_blocks, column_blocks), 0, config.raster_rows
                 )
                 row = (row_block * config.cluster_k + block // config.cluster_n) * block_k
                 column = (column_block * config.cluster_n + block % config.cluster_n) * block_n
-                return work(tile // tiles_of_group, row, column, step)
+                return visit(tile // tiles_of_group, row, column, carry)
 
             num_tiles = num_groups * tiles_of_group
-            return lax.fori_loop(0, pl.cdiv(num_tiles - first_tile, num_clusters), visit, jnp.int32(0))
+            return lax.fori_loop(0, pl.cdiv(num_tiles - first_tile, num_clusters), visit_tile, carry)
 
         def rows_of(group):
             """The rows to sum over, the first row that is read, and the steps."""
@@ -130,7 +130,7 @@ def grouped_weight_gradient(
                 lax.fori_loop(0, steps, load_step, jnp.int32(0))
                 return step + steps
 
-            ring.drain(for_each_tile(load_tile))
+            ring.drain(for_each_tile(load_tile, jnp.int32(0)))
 
         @pl.when(warpgroup < hopper.MEMORY_WARPGROUP)
         def multiply():
@@ -138,7 +138,8 @@ def grouped_weight_gradient(
             own_rows = pl.ds(pl.multiple_of(warpgroup * own_k, own_k), own_k)
             own_columns = pl.ds(pl.multiple_of(warpgroup * own_n, own_n), own_n)
 
-            def multiply_tile(group, row, column, step):
+            def multiply_tile(group, row, column, carry):
+                step, previous = carry
                 begin, end, window, steps = rows_of(group)
 
                 def multiply_step(acc, m, slot):
@@ -155,19 +156,28 @@ def grouped_weight_gradient(
 
                     plgpu.wgmma(acc, plgpu.transpose_ref(a_s.at[slot, :, own_rows], (1, 0)), b_s.at[slot])
 
-                acc = hopper.accumulate(ring, step, steps, (own_k, block_n), multiply_step)
-                hopper.store_rows(
-                    acc.astype(out.dtype),
-                    out_s.at[warpgroup],
-                    out.at[group],
-                    first_row=row + warpgroup * own_k,
-                    first_column=column,
-                    begin=0,
-                    end=jnp.clip(k - row - warpgroup * own_k, 0, own_k),
+                acc = hopper.accumulate(
+                    ring,
+                    step,
+                    steps,
+                    (own_k, block_n),
+                    multiply_step,
+                    meanwhile=previous.pieces(out_s.at[warpgroup], out),
                 )
-                return step + steps
+                own_row = row + warpgroup * own_k
+                finished = hopper.PendingStore(
+                    tile=acc.astype(out.dtype),
+                    row=own_row,
+                    column=column,
+                    begin=jnp.int32(0),
+                    end=jnp.clip(k - own_row, 0, own_k),
+                    matrix=group,
+                )
+                return step + steps, finished
 
-            for_each_tile(multiply_tile)
+            nothing = hopper.PendingStore.nothing((own_k, block_n), out.dtype)
+            _, last = for_each_tile(multiply_tile, (jnp.int32(0), nothing))
+            last.store(out_s.at[warpgroup], out)
             plgpu.wait_smem_to_gmem(0)
 
     run = hopper.persistent_kernel(
@@ -190,7 +200,7 @@ def grouped_weight_gradient(
 def default_config(k: int, n: int) -> Config:
     """Chooses the tiles for a shape."""
     del k
-    return Config(block_n=256 if n % 256 == 0 or n > 512 else 128 if n % 128 == 0 else 64)
+    return Config(block_n=hopper.block_columns(n))
 
 
 def _zero_rows(tile: hopper.Ref, first: Array, last: Array) -> None:
