@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from google.protobuf.message_factory import GetMessageClass
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
@@ -23,9 +22,7 @@ VALIDATION_BITS_PER_BYTE = "validation/bits_per_byte"
 EXPERT_LOAD = "train/expert_load"
 
 # protobuf makes these classes at run time, where type checkers cannot see them.
-_Event, _SessionLog = (
-    GetMessageClass(event_pb2.DESCRIPTOR.message_types_by_name[name]) for name in ("Event", "SessionLog")
-)
+_Event, _SessionLog = vars(event_pb2)["Event"], vars(event_pb2)["SessionLog"]
 
 
 class MetricsWriter:

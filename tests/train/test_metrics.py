@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-from google.protobuf.message_factory import GetMessageClass
 from tensorboardX.proto import event_pb2
 
 from train.metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsWriter, read_metrics, truncate_metrics
@@ -27,11 +26,7 @@ def read_events(run_dir):
         data = path.read_bytes()
         while data:
             (size,) = struct.unpack("Q", data[:8])
-            events.append(
-                GetMessageClass(event_pb2.DESCRIPTOR.message_types_by_name["Event"]).FromString(
-                    data[12 : 12 + size]
-                )
-            )
+            events.append(vars(event_pb2)["Event"].FromString(data[12 : 12 + size]))
             data = data[16 + size :]
     return events
 
