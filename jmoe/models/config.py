@@ -1,7 +1,7 @@
 """The shape of a decoder-only Mixture-of-Experts transformer, as plain values."""
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args, no_type_check
 
 from jmoe.activations import GatedActivation, PlainActivation, is_gated
 from jmoe.routing import Score, ScoreOrder
@@ -27,6 +27,7 @@ class LayerGroup(NamedTuple):
     repeats: int
 
 
+@no_type_check  # An unknown choice gets the ValueError below, type checking or not.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """Describes a decoder-only transformer whose MLPs are dense or Mixture-of-Experts.

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from jmoe.models.transformer import Transformer
@@ -16,7 +15,7 @@ def generate(
     num_tokens: int,
     *,
     key: Key[Array, ""],
-    temperature: float = 1.0,
+    temperature: float | int = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     prompt_lengths: Int[Array, " B"] | None = None,
@@ -63,24 +62,21 @@ def generate(
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if prompt_lengths is None:
         prompt_lengths = jnp.full(prompt.shape[0], prompt.shape[1], jnp.int32)
-    graphdef, state = nnx.split(model)
     return _generate(
-        graphdef,
-        state,
+        model,
         prompt,
         prompt_lengths,
         key,
         num_tokens=num_tokens,
-        temperature=temperature,
+        temperature=float(temperature),
         top_k=top_k,
         top_p=top_p,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "num_tokens", "temperature", "top_k", "top_p"))
+@functools.partial(jax.jit, static_argnames=("num_tokens", "temperature", "top_k", "top_p"))
 def _generate(
-    graphdef: nnx.GraphDef[Transformer],
-    state: nnx.GraphState,
+    model: Transformer,
     prompt: Int[Array, "B P"],
     prompt_lengths: Int[Array, " B"],
     key: Key[Array, ""],
@@ -90,7 +86,6 @@ def _generate(
     top_k: int | None,
     top_p: float | None,
 ) -> Int[Array, "B total"]:
-    model = nnx.merge(graphdef, state)
     B, P = prompt.shape
 
     # What follows a short prompt fills later cache slots; the continuation overwrites each before reading it.

@@ -51,6 +51,30 @@ class Layer(nnx.Module):
         return x + y, aux, cache
 
 
+class Unit(nnx.Module):
+    """The consecutive layers that a `LayerGroup` repeats, of which at most the last is MoE."""
+
+    def __init__(self, config: TransformerConfig, kinds: tuple[LayerKind, ...], *, rngs: nnx.Rngs):
+        self.layers = nnx.List([Layer(config, kind, rngs=rngs) for kind in kinds])
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        rotation: Rotation,
+        segment_ids: Int[Array, "B S"] | None,
+        caches: tuple[KVCache | None, ...],
+    ) -> tuple[Float[Array, "B S D"], MoEAux | None, tuple[KVCache | None, ...]]:
+        """Applies the layers in order."""
+        aux, written = None, []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            apply = _remat(layer, self.config)
+            x, aux, cache = apply(x, positions, rotation, segment_ids, cache)
+            written.append(cache)
+        return x, aux, tuple(written)
+
+
 class Transformer(nnx.Module):
     """A decoder-only language model whose layers run as one compiled body, scanned.
 
@@ -62,7 +86,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embedding = _embedding(config, rngs=rngs)
-        self.units = nnx.List([_stack(config, group, rngs=rngs) for group in config.layer_groups])
+        self.groups = nnx.List([_stack(config, group, rngs=rngs) for group in config.layer_groups])
         self.final_norm = RMSNorm(config.embed_dim, config, rngs=rngs)
         self.output_embedding = None if config.tie_embeddings else _embedding(config, rngs=rngs)
 
@@ -154,30 +178,18 @@ class Transformer(nnx.Module):
             )
         rotation = rope_rotation(positions, config.head_dim, config.rope_theta)
 
-        @functools.partial(_remat, config=config)
-        def run_layer(
-            layer: Layer, x: Float[Array, "B S D"], cache: KVCache | None
-        ) -> tuple[Float[Array, "B S D"], MoEAux | None, KVCache | None]:
-            return layer(x, positions, rotation, segment_ids, cache)
+        def run_unit(x, inputs):
+            unit, caches = inputs
+            x, aux, caches = unit(x, positions, rotation, segment_ids, caches)
+            return x, (aux, caches)
 
         x = self.embedding(tokens).astype(config.dtype)  # [B, S, D]
         aux, written = _no_moe_layers(), []
-        for index, unit in enumerate(self.units):
-            graphdef, parameters = nnx.split(unit)
-
-            def run_unit(x, inputs, graphdef=graphdef):
-                parameters, unit_cache = inputs
-                unit_aux, unit_written = None, []
-                for layer, layer_cache in zip(nnx.merge(graphdef, parameters), unit_cache, strict=True):
-                    x, layer_aux, layer_cache = run_layer(layer, x, layer_cache)
-                    unit_aux = unit_aux if layer_aux is None else layer_aux
-                    unit_written.append(layer_cache)
-                return x, (unit_aux, tuple(unit_written))
-
-            unit_cache = (None,) * len(unit) if cache is None else cache[index]
-            x, (unit_aux, unit_written) = jax.lax.scan(run_unit, x, (parameters, unit_cache))
-            aux = aux if unit_aux is None else unit_aux
-            written.append(unit_written)
+        for index, (group, stacked) in enumerate(zip(config.layer_groups, self.groups, strict=True)):
+            caches = (None,) * len(group.unit) if cache is None else cache[index]
+            x, (group_aux, caches) = jax.lax.scan(run_unit, x, (stacked, caches))
+            aux = aux if group_aux is None else group_aux
+            written.append(caches)
         return self.final_norm(x), aux, None if cache is None else tuple(written)
 
 
@@ -213,24 +225,24 @@ def _moe(config: TransformerConfig, *, rngs: nnx.Rngs) -> MoE:
     )
 
 
-def _stack(config: TransformerConfig, group: LayerGroup, *, rngs: nnx.Rngs) -> nnx.List[Layer]:
-    """Creates the layers of one unit, parameters stacked over its repeats and each drawn with its own key."""
+def _stack(config: TransformerConfig, group: LayerGroup, *, rngs: nnx.Rngs) -> Unit:
+    """Creates a unit whose parameters are stacked over its repeats, each drawn with its own key."""
 
     @nnx.split_rngs(splits=group.repeats)
     @functools.partial(nnx.vmap, transform_metadata={nnx.PARTITION_NAME: "layers"})
-    def create(rngs: nnx.Rngs) -> nnx.List[Layer]:
-        return nnx.List([Layer(config, kind, rngs=rngs) for kind in group.unit])
+    def create(rngs: nnx.Rngs) -> Unit:
+        return Unit(config, group.unit, rngs=rngs)
 
     return create(rngs)
 
 
-def _remat(run_layer: Callable[..., Any], config: TransformerConfig) -> Callable[..., Any]:
+def _remat(layer: Layer, config: TransformerConfig) -> Callable[..., Any]:
     """Recomputes in the backward pass what `config.remat` says not to keep."""
     if config.remat == "none":
-        return run_layer
+        return layer
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
     # Forward and backward are loops of their own, so there is no common subexpression to protect.
-    return jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
+    return jax.checkpoint(layer.__call__, policy=policy, prevent_cse=False)
 
 
 def _no_moe_layers() -> MoEAux:

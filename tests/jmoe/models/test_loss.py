@@ -1,0 +1,183 @@
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jmoe.models import Transformer, language_model_loss
+from jmoe.models.attention import rope_rotation
+from jmoe.models.layers import vocabulary_matmul
+
+
+@pytest.fixture(scope="module")
+def batch(config):
+    """Two sequences of 12 tokens, packed: what counts are the targets within a document."""
+    ids = jax.random.randint(jax.random.key(7), (2, 13), 0, config.vocab_size)
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "mask": jnp.stack([jnp.arange(12) % 5 != 4, jnp.arange(12) < 8]),
+        "segment_ids": jnp.array([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3]),
+    }
+
+
+def unrolled_loss(model, tokens, targets, mask, segment_ids):
+    """The objective layer by layer and with all logits at once: no scan, no chunks, no recomputation."""
+    config = model.config
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    rotation = rope_rotation(positions, config.head_dim, config.rope_theta)
+    x = model.embedding.embedding[...][tokens]
+    auxes = []
+    for group, stacked in zip(config.layer_groups, model.groups, strict=True):
+        for repeat in range(group.repeats):
+            for layer in jax.tree.map(lambda p, repeat=repeat: p[repeat], stacked).layers:
+                x, aux, _ = layer(x, positions, rotation, segment_ids, None)
+                auxes += [] if aux is None else [aux]
+    logits = model.final_norm(x) @ model.output_embedding.embedding[...].T
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    cross_entropy = jnp.sum(cross_entropy * mask) / jnp.sum(mask)
+    load_balancing_loss = sum(aux.load_balancing_loss for aux in auxes) / len(auxes)
+    router_z_loss = sum(aux.router_z_loss for aux in auxes) / len(auxes)
+    return (
+        cross_entropy
+        + config.load_balancing_coef * load_balancing_loss
+        + config.router_z_coef * router_z_loss
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled_loss(config, new_model):
+    """Loss and gradient of two MoE layers, with chunks that do not divide the sequence."""
+    config = dataclasses.replace(
+        config,
+        num_layers=2,
+        first_dense_layers=0,
+        moe_every=1,
+        shared_hidden_dim=0,
+        loss_chunk_size=10,
+        load_balancing_coef=0.3,
+        router_z_coef=0.2,
+    )
+    return jax.jit(jax.value_and_grad(language_model_loss, has_aux=True)), new_model(config)
+
+
+def with_config(model, **changes):
+    """The same parameters in a model of another configuration."""
+    config = dataclasses.replace(model.config, **changes)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, nnx.state(model))
+
+
+def assert_same(actual, expected, tolerance):
+    def check(a, b):
+        assert jnp.linalg.norm(a - b) <= tolerance * jnp.linalg.norm(b)
+
+    jax.tree.map(check, actual, expected)
+
+
+def test_scan_chunks_and_remat_change_neither_the_loss_nor_its_gradient(compiled_loss, batch):
+    step, model = compiled_loss
+    expected, expected_grads = jax.jit(jax.value_and_grad(unrolled_loss))(model, **batch)
+    for remat in ("none", "full"):
+        (loss, aux), grads = step(with_config(model, remat=remat), **batch)
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+        assert_same(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), 2e-5)
+        parts = aux.cross_entropy + 0.3 * aux.load_balancing_loss + 0.2 * aux.router_z_loss
+        np.testing.assert_allclose(loss, parts, rtol=1e-6)
+        assert aux.num_targets == batch["mask"].sum()
+        assert aux.expert_load.shape == (2, model.config.num_experts)
+        assert aux.dropped_fraction == 0
+
+
+def test_gradient_descent_reduces_the_loss(compiled_loss, batch):
+    step, model = compiled_loss
+    losses = []
+    for _ in range(4):
+        (loss, _), grads = step(model, **batch)
+        losses.append(loss)
+        model = jax.tree.map(lambda p, g: p - 0.1 * g, model, grads)
+    assert (np.diff(losses) < -1e-2).all(), losses
+
+
+def test_logits_of_all_tokens_never_exist_together(compiled_loss, batch):
+    step, model = compiled_loss
+    V, rows = model.config.vocab_size, set()
+    for shape in re.findall(r"\w+\[([\d,]+)\]", str(jax.make_jaxpr(step)(model, **batch))):
+        *leading, last = (int(size) for size in shape.split(","))
+        if last == V:
+            rows.add(int(np.prod(leading)))
+    assert max(rows) == model.config.loss_chunk_size < batch["tokens"].size
+
+
+@pytest.fixture(scope="module")
+def dense_model(config, new_model):
+    changes = {"num_experts": 0, "num_layers": 1, "first_dense_layers": 0, "loss_chunk_size": 7}
+    return new_model(dataclasses.replace(config, **changes))
+
+
+def test_only_counted_targets_enter_the_cross_entropy(dense_model, batch):
+    loss = jax.jit(language_model_loss)
+    batch = batch | {"mask": None}
+    padded = batch["segment_ids"] == 0
+    unmasked, aux = loss(dense_model, **batch)
+    assert aux.num_targets == 21
+    # The same by an explicit mask, whatever the targets it excludes.
+    batch |= {"mask": ~padded, "targets": jnp.where(padded, -100, batch["targets"])}
+    np.testing.assert_array_equal(loss(dense_model, **batch)[0], unmasked)
+
+    logits, _ = jax.jit(lambda model, tokens, ids: model(tokens, segment_ids=ids))(
+        dense_model, batch["tokens"], batch["segment_ids"]
+    )
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])[~padded].mean()
+    np.testing.assert_allclose(unmasked, expected, rtol=1e-6)
+
+    nothing, aux = loss(dense_model, **batch | {"mask": jnp.zeros((2, 12), bool)})
+    assert nothing == aux.num_targets == 0
+
+
+def test_bfloat16_computes_close_to_float32_and_keeps_float32_gradients(compiled_loss, batch):
+    step, model = compiled_loss
+    (expected, _), _ = step(model, **batch)
+    model = with_config(model, dtype="bfloat16")
+    (loss, aux), grads = jax.jit(jax.value_and_grad(language_model_loss, has_aux=True))(model, **batch)
+    np.testing.assert_allclose(loss, expected, rtol=2e-2)
+    assert {x.dtype for x in jax.tree.leaves((loss, grads, aux.cross_entropy))} == {jnp.dtype("float32")}
+    assert all(jnp.isfinite(g).all() and jnp.any(g != 0) for g in jax.tree.leaves(grads))
+
+
+def test_no_copy_of_a_parameter_in_the_compute_dtype_lives_until_the_backward_pass(compiled_loss, batch):
+    model = with_config(compiled_loss[1], dtype="bfloat16")
+    batch = jax.tree.map(lambda x: x[:, :11], batch)  # 22 tokens: no activation has the shape of a matrix
+    shapes = [x.shape for x in jax.tree.leaves(model)]
+    matrices = {shape for shape in shapes + [shape[1:] for shape in shapes] if len(shape) > 1}
+
+    def kept(model):
+        return jax.vjp(lambda model: language_model_loss(model, **batch)[0], model)[1]
+
+    residuals = jax.tree.leaves(jax.eval_shape(kept, model))
+    assert not [x for x in residuals if x.dtype == jnp.bfloat16 and x.shape in matrices]
+    assert len(residuals) > len(jax.tree.leaves(model))
+
+
+def test_the_output_product_and_its_gradients_are_those_of_float32(model):
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (2, 3, 16), jnp.bfloat16)
+    embedding = jax.random.normal(keys[1], (31, 16))
+    logits_grad = jax.random.normal(keys[2], (2, 3, 31)).astype(jnp.bfloat16).astype(jnp.float32)
+
+    def exact(hidden, embedding):
+        return hidden.astype(jnp.float32) @ embedding.astype(jnp.bfloat16).astype(jnp.float32).T
+
+    logits, pull_back = jax.vjp(vocabulary_matmul, hidden, embedding)
+    expected, exact_pull_back = jax.vjp(exact, hidden, embedding)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    for actual, wanted, rounding in zip(
+        pull_back(logits_grad), exact_pull_back(logits_grad), (8e-3, 5e-3), strict=True
+    ):
+        assert actual.dtype == wanted.dtype
+        assert_same(actual.astype(jnp.float32), wanted.astype(jnp.float32), rounding)
