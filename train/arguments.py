@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,20 +89,25 @@ def with_file(config: TrainConfig, path: Path) -> TrainConfig:
 @contextlib.contextmanager
 def _one_line():
     """Turns the box that tyro prints about a mistake into a `UserError`."""
-    box = io.StringIO()
+    box = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     try:
         with contextlib.redirect_stderr(box):
             yield
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_message(box.getvalue())) from None
+        box.seek(0)
+        raise UserError(_message(box.read())) from None
 
 
 def _message(box: str) -> str:
-    """The first paragraph of a box, and the option it proposes."""
-    lines = [line.strip("│ ").rstrip() for line in box.splitlines()[1:-1]]
-    end = next((i for i, line in enumerate(lines) if not line or line.startswith("─")), len(lines))
-    message = " ".join(lines[:end])
-    proposal = re.search(r"Perhaps you meant:\n+(--\S+)", "\n".join(lines))
+    """The first paragraph in a box and the option it proposes; tyro draws the box in ASCII if it must."""
+    lines = [line.strip("│ ") for line in box.splitlines()]
+    body = list(itertools.dropwhile(_is_rule, lines[1:]))
+    message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), body))
+    proposal = re.search(r"Perhaps you meant:\n+(--\S+)", "\n".join(body))
     return f"{message}; did you mean {proposal[1]}?" if proposal else message
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("─-")

@@ -1,13 +1,11 @@
 """Checkpoints of a run, written by Orbax in the background, atomically; the last and the best are kept."""
 
-import logging
+import contextlib
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -15,15 +13,12 @@ from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
 from train.config import CheckpointConfig
-from train.failure import UserError, describe_os_error
+from train.failure import UserError
 from train.step import Params, TrainState
 
 CHECKPOINT_FOLDER = "checkpoints"
 
 _LOSS = "validation_loss"
-
-# Orbax logs each routine event, and a traceback beside each error it raises. The raised error says it all.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
@@ -174,16 +169,9 @@ class Checkpoints:
             return self._manager.restore(step, args=args)["params"]
 
     def close(self) -> None:
-        """Waits for the last save and stops the threads; does not raise for a save that failed."""
-        self._manager.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        """Waits for the last save and stops the threads. It is `wait` that reports a save that failed."""
+        with contextlib.suppress(OSError, ValueError):
+            self._manager.close()
 
     def _check_shapes(self, step: int, **items: PyTree[jax.ShapeDtypeStruct]) -> None:
         with self._one_line("read"):
@@ -200,20 +188,19 @@ class Checkpoints:
                     f"{item} {differences[0]}{more}; use the model and optimizer settings it was trained with"
                 )
 
-    @contextmanager
+    @contextlib.contextmanager
     def _one_line(self, verb: str) -> Iterator[None]:
         """Reports what Orbax and TensorStore raise about the disk in one line."""
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot {verb} checkpoints: {describe_os_error(error)}") from error
+            raise UserError(f"cannot {verb} {self.directory}: {error.strerror or error}") from error
         except ValueError as error:
             # TensorStore reports the operating system's errors as ValueErrors that end in the code.
             code = re.search(r"os_error_code='(\d+)'", str(error))
             if code is None:
                 raise
-            reason = os.strerror(int(code[1]))
-            raise UserError(f"cannot {verb} checkpoints: {reason}: {self.directory}") from error
+            raise UserError(f"cannot {verb} {self.directory}: {os.strerror(int(code[1]))}") from error
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:
@@ -225,7 +212,7 @@ def _rest(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state}
 
 
-def _handlers() -> ocp.CheckpointHandlerRegistry:
+def _handlers() -> ocp.DefaultCheckpointHandlerRegistry:
     """The kind of each item, which Orbax must know to read a checkpoint that it has not written."""
     registry = ocp.DefaultCheckpointHandlerRegistry()
     for item in ("params", "optimizer"):

@@ -1,5 +1,6 @@
 """The command line: `jmoe-train` trains; `jmoe-train eval`, `generate` and `tokenizer` do what they say."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -181,7 +182,7 @@ def run_tokenizer(arguments: Sequence[str]) -> int:
 def _open(run_dir: Path, checkpoint: str) -> tuple[TrainConfig, nnx.GraphDef[Transformer], Params]:
     """The configuration of a run, its model, and the parameters in one of its checkpoints."""
     config = load_config(run_dir)
-    with Checkpoints(run_dir, read_only=True) as checkpoints:
+    with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
         match checkpoint:
             case "best":
                 step = checkpoints.best_step()

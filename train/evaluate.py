@@ -31,7 +31,7 @@ class Evaluation:
         """Nats per target."""
         return self.nats / self.num_targets
 
-    def bits_per_byte(self, num_bytes: float) -> float:
+    def bits_per_byte(self, num_bytes: int | float) -> float:
         """Bits per byte of a text of `num_bytes` bytes whose tokens were the targets.
 
         Example:

@@ -2,7 +2,6 @@
 
 import signal
 from types import FrameType, TracebackType
-from typing import Self
 
 
 class StopRequest:
@@ -26,7 +25,7 @@ class StopRequest:
         """What shells report for a process that died of the signal: 128 plus its number; 0 without one."""
         return 128 + self.signal if self.signal else 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 

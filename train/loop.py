@@ -1,5 +1,6 @@
 """Training from the first step to the last: updates, metrics, evaluations, checkpoints, and stopping."""
 
+import contextlib
 import itertools
 import math
 import time
@@ -12,7 +13,7 @@ from rich.console import Console
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, write_config
 from train.evaluate import Evaluation, evaluate, make_eval_step
-from train.failure import UserError, user_errors
+from train.failure import UserError, named_os_errors, user_errors
 from train.inputs import corpus_of, tokenizer_of, tokens_per_byte, train_loader, validation_loader
 from train.interrupt import StopRequest
 from train.metrics import (
@@ -61,7 +62,10 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, console: 
     def new_state() -> TrainState:
         return init_state(config.model, optimizer, config.seed)
 
-    with Checkpoints(run_dir, config.checkpoint) as checkpoints:
+    with (
+        named_os_errors(run_dir),
+        contextlib.closing(Checkpoints(run_dir, config.checkpoint)) as checkpoints,
+    ):
         if checkpoints.steps and not resume:
             raise UserError(
                 f"run folder {run_dir} holds a run already: continue it with --resume {run_dir}, "

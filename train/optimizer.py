@@ -129,13 +129,11 @@ def decayed_parameters(params: PyTree[Float[Array, "..."]]) -> PyTree[bool]:
 def _matrix_axes(params: PyTree) -> PyTree:
     """For Muon: the last two axes of each matrix, with those before them (layers, experts) as a batch.
 
-    Embeddings and the vocabulary projection take Adam (None), as in https://kellerjordan.github.io/posts/muon.
+    Embeddings and vectors take Adam (None), as in https://kellerjordan.github.io/posts/muon.
     """
 
     def axes(path, leaf) -> MuonDimensionNumbers | None:
-        names = {key.key for key in path}
-        is_vocabulary = any("embed" in name or "vocabulary" in name or "unembed" in name for name in names)
-        if path[-1].key in _VECTOR_NAMES or is_vocabulary or leaf.ndim < 2:
+        if path[-1].key in _VECTOR_NAMES | {"embedding"} or leaf.ndim < 2:
             return None
         return MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 

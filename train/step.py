@@ -1,7 +1,7 @@
 """The training state and the one compiled step that advances it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,7 @@ DeviceBatch = dict[str, Shaped[Array, "B S"]]
 Metrics = dict[str, Float[Array, "..."]]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TrainState:
+class TrainState(NamedTuple):
     """All that a step reads and changes. A step draws no random numbers, so there is no key among it.
 
     Attributes:
@@ -120,7 +118,7 @@ def make_train_step(
         (gradients, metrics), _ = jax.lax.scan(add_part, zeros, parts)
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        metrics |= {"gradient_norm": optax.global_norm(gradients), "learning_rate": schedule(state.step)}
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,49 @@
+"""What the tests of whole runs share: a small corpus, and the command line of a run that takes seconds."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory):
+    """A folder with twenty documents of seeded gibberish with some structure to learn."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(40)]
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(" ".join(draw.choices(words, k=150)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def arguments(corpus_folder):
+    """The command line of a run of 12 steps whose model has one small layer."""
+    return [
+        *("--data", str(corpus_folder), "--validation-fraction", "0.2"),
+        *("--steps", "12", "--batch-size", "4", "--sequence-length", "32", "--log-every", "1"),
+        *("--model.num-layers", "1", "--model.embed-dim", "16", "--model.max-sequence-length", "64"),
+        *("--model.num-heads", "2", "--model.num-kv-heads", "1", "--model.head-dim", "8"),
+        *("--model.num-experts", "4", "--model.top-k", "2", "--model.expert-hidden-dim", "16"),
+        *("--optimizer.warmup-steps", "2", "--checkpoint.every", "4", "--evaluation.every", "4"),
+        *("--evaluation.num-batches", "2", "--evaluation.sample-tokens", "8"),
+    ]
+
+
+@pytest.fixture
+def start():
+    """Starts `python -m train` with some arguments; what still runs at the end of the test is killed."""
+    processes = []
+
+    def start(*arguments, **options):
+        command = [sys.executable, "-m", "train", *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, **pipes | options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
