@@ -63,7 +63,8 @@ def make_dispatch(routing: Routing | Assignments, num_experts: int) -> Dispatch:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> dispatch = make_dispatch(Routing(jnp.array([[2, 0], [0, -1]]), jnp.ones((2, 2))), 3)
+        >>> import jmoe
+        >>> dispatch = jmoe.make_dispatch(jmoe.Routing(jnp.array([[2, 0], [0, -1]]), jnp.ones((2, 2))), 3)
         >>> dispatch.token_index.tolist(), dispatch.group_sizes.tolist(), dispatch.position.tolist()
         ([0, 1, 0, 1], [2, 0, 1], [[2, 0], [1, 3]])
     """

@@ -9,8 +9,8 @@ Example:
     >>> import jmoe
     >>> layer = jmoe.linen.MoE(16, 32, num_experts=4, top_k=2)
     >>> x = jnp.ones((3, 16))
-    >>> variables = layer.init(jax.random.key(0), x)
-    >>> y, aux = layer.apply(variables, x)
+    >>> variables = jax.jit(layer.init)(jax.random.key(0), x)
+    >>> y, aux = jax.jit(layer.apply)(variables, x)
     >>> y.shape, sorted(variables["params"])
     ((3, 16), ['router', 'w_down', 'w_up'])
 """

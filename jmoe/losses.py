@@ -37,8 +37,9 @@ def load_balancing_loss(
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> import jmoe
         >>> logits = 9 * jnp.eye(4)
-        >>> float(load_balancing_loss(jax.nn.softmax(logits), route_top_k(logits, 1)))
+        >>> float(jmoe.load_balancing_loss(jax.nn.softmax(logits), jmoe.route_top_k(logits, 1)))
         1.0
     """
     num_experts = scores.shape[1]
@@ -64,7 +65,8 @@ def router_z_loss(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> float(router_z_loss(jnp.log(jnp.full((3, 4), 0.25))))
+        >>> import jmoe
+        >>> float(jmoe.router_z_loss(jnp.log(jnp.full((3, 4), 0.25))))
         0.0
     """
     if mask is not None:
@@ -93,8 +95,9 @@ def expert_load(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> routing = Routing(jnp.array([[0, 1], [0, 2]]), jnp.ones((2, 2)))
-        >>> expert_load(routing, 4).tolist()
+        >>> import jmoe
+        >>> routing = jmoe.Routing(jnp.array([[0, 1], [0, 2]]), jnp.ones((2, 2)))
+        >>> jmoe.expert_load(routing, 4).tolist()
         [0.5, 0.25, 0.25, 0.0]
     """
     if mask is not None:

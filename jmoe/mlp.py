@@ -63,9 +63,10 @@ def moe_mlp(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> import jmoe
         >>> x, w_up, w_down = jnp.ones((3, 2)), jnp.ones((4, 2, 5)), jnp.ones((4, 5, 2))
-        >>> routing = Routing(jnp.array([[0], [3], [-1]]), jnp.array([[1.0], [0.5], [1.0]]))
-        >>> moe_mlp(x, w_up, w_down, routing, activation="relu").tolist()
+        >>> routing = jmoe.Routing(jnp.array([[0], [3], [-1]]), jnp.array([[1.0], [0.5], [1.0]]))
+        >>> jmoe.moe_mlp(x, w_up, w_down, routing, activation="relu").tolist()
         [[10.0, 10.0], [5.0, 5.0], [0.0, 0.0]]
     """
     parameters = ExpertParameters(w_up, w_down, b_up, b_down)

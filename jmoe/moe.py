@@ -90,7 +90,8 @@ class MoE(nnx.Module):
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> moe = MoE(16, 32, num_experts=4, top_k=2, rngs=nnx.Rngs(0))
+        >>> import jmoe
+        >>> moe = jmoe.MoE(16, 32, num_experts=4, top_k=2, rngs=nnx.Rngs(0))
         >>> y, aux = moe(jnp.ones((2, 3, 16)))
         >>> y.shape, aux.expert_load.shape
         ((2, 3, 16), (4,))

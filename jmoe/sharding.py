@@ -46,9 +46,11 @@ def partition_spec(axes: LogicalAxes, shape: Sequence[int], mesh: Mesh | None = 
         A `PartitionSpec` with one entry for each dimension.
 
     Example:
+        >>> import jax
+        >>> import jmoe
         >>> mesh = jax.sharding.AbstractMesh((2, 4), ("data", "expert"))
-        >>> partition_spec(("expert", "embed", "expert_hidden"), (8, 16, 32), mesh)
-        PartitionSpec('expert', None, None)
+        >>> tuple(jmoe.partition_spec(("expert", "embed", "expert_hidden"), (8, 16, 32), mesh))
+        ('expert', None, None)
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     used = set()

@@ -1,4 +1,4 @@
-"""An MoE written from the formulas in NumPy, one token and one expert at a time, and random problems for it."""
+"""An MoE written from the formulas in NumPy, a token and an expert at a time, and random problems for it."""
 
 import dataclasses
 import math
@@ -50,11 +50,16 @@ class Problem:
 
     def numpy_moe(self):
         """Computes the same from the formulas, in float64."""
-        names = ("x", "w_up", "w_down", "b_up", "b_down", "weight")
-        x, w_up, w_down, b_up, b_down, weight = (
-            None if getattr(self, name) is None else np.asarray(getattr(self, name), np.float64) for name in names
+        x, w_up, w_down, weight = (
+            np.asarray(a, np.float64) for a in (self.x, self.w_up, self.w_down, self.weight)
         )
-        num_experts, hidden, _ = w_down.shape
+        num_experts, hidden, features = w_down.shape
+        b_up = (
+            np.zeros((num_experts, w_up.shape[2])) if self.b_up is None else np.asarray(self.b_up, np.float64)
+        )
+        b_down = (
+            np.zeros((num_experts, features)) if self.b_down is None else np.asarray(self.b_down, np.float64)
+        )
         activation, weight_on = self.options["activation"], self.options.get("weight_on", "output")
         y = np.zeros_like(x)
         for t, experts in enumerate(np.asarray(self.expert_index)):
@@ -62,9 +67,13 @@ class Problem:
                 if not 0 <= e < num_experts:
                     continue
                 row = x[t] * weight[t, k] if weight_on == "input" else x[t]
-                h = row @ w_up[e] + (0 if b_up is None else b_up[e])
-                a = GATES[activation](h[:hidden]) * h[hidden:] if activation in GATES else PLAIN[activation](h)
-                v = a @ w_down[e] + (0 if b_down is None else b_down[e])
+                h = row @ w_up[e] + b_up[e]
+                a = (
+                    GATES[activation](h[:hidden]) * h[hidden:]
+                    if activation in GATES
+                    else PLAIN[activation](h)
+                )
+                v = a @ w_down[e] + b_down[e]
                 y[t] += weight[t, k] * v if weight_on == "output" else v
         return y
 
@@ -99,7 +108,17 @@ class Problem:
 @pytest.fixture
 def make_problem():
     def make(
-        tokens, experts, top_k, *, activation="swiglu", bias=False, dtype=jnp.float32, features=12, hidden=20, seed=0, **options
+        tokens,
+        experts,
+        top_k,
+        *,
+        activation="swiglu",
+        bias=False,
+        dtype=jnp.float32,
+        features=12,
+        hidden=20,
+        seed=0,
+        **options,
     ):
         rng = np.random.default_rng([seed, tokens, experts, top_k])
         width = 2 * hidden if activation in GATES else hidden

@@ -31,7 +31,12 @@ def test_nan_logits_are_reported_with_the_number_of_tokens():
 @pytest.mark.parametrize(
     ("token_index", "expert_index", "weight", "message"),
     [
-        ([0, 2], [1, 5], [1.0, 1.0], "expert_index lies between 0 and 5; it must be in [0, E), or -1 where absent"),
+        (
+            [0, 2],
+            [1, 5],
+            [1.0, 1.0],
+            "expert_index lies between 0 and 5; it must be in [0, E), or -1 where absent",
+        ),
         ([0, 3], [1, 0], [1.0, 1.0], "token_index of a present assignment is outside [0, T)"),
         ([0, 2], [1, 0], [1.0, jnp.inf], "the routing weight of a present assignment is not finite"),
     ],

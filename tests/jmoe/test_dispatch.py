@@ -45,14 +45,20 @@ def test_dispatch_is_batched_by_vmap():
 @pytest.mark.parametrize(
     ("routing", "experts", "message"),
     [
-        (jmoe.Routing(jnp.zeros((2, 1), int), jnp.ones((2, 1))), 0, "num_experts is 0; it must be at least 1"),
+        (
+            jmoe.Routing(jnp.zeros((2, 1), int), jnp.ones((2, 1))),
+            0,
+            "num_experts is 0; it must be at least 1",
+        ),
         (jmoe.Routing(jnp.zeros((2, 1), int), jnp.ones(2)), 4, r"routing.weight is float32\[2\]"),
-        (jmoe.Assignments(jnp.zeros(3, int), jnp.zeros(2, int), jnp.ones(2)), 4, r"routing.token_index is int32\[3\]"),
+        (
+            jmoe.Assignments(jnp.zeros(3, int), jnp.zeros(2, int), jnp.ones(2)),
+            4,
+            r"routing.token_index is int32\[3\]",
+        ),
     ],
     ids=["experts", "weight", "token_index"],
 )
 def test_a_bad_argument_is_a_value_error_that_names_it(routing, experts, message):
     with pytest.raises(ValueError, match=message):
         jmoe.make_dispatch(routing, experts)
-
-

@@ -1,7 +1,7 @@
 """`jmoe.moe_mlp` against the formulas: forward, gradients, absent assignments, memory, transformations."""
 
 import dataclasses
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,9 @@ def cotangent(problem):
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k", "options"), CASES)
-def test_float32_matches_the_formulas_forward_and_backward(tokens, experts, top_k, options, make_problem, relative_error):
+def test_float32_matches_the_formulas_forward_and_backward(
+    tokens, experts, top_k, options, make_problem, relative_error
+):
     problem = make_problem(tokens, experts, top_k, **options)
     dy = cotangent(problem)
     y, gradients = output_and_gradients(problem.moe_mlp, problem.differentiable, dy)
@@ -60,7 +62,9 @@ def test_float32_matches_the_formulas_forward_and_backward(tokens, experts, top_
         (1000, 64, 1, {"activation": "gelu"}),
     ],
 )
-def test_bfloat16_matches_the_formulas_within_its_rounding(tokens, experts, top_k, options, make_problem, relative_error):
+def test_bfloat16_matches_the_formulas_within_its_rounding(
+    tokens, experts, top_k, options, make_problem, relative_error
+):
     problem = make_problem(tokens, experts, top_k, dtype=jnp.bfloat16, **options)
     dy = cotangent(problem)
     y, gradients = output_and_gradients(problem.moe_mlp, problem.differentiable, dy)
@@ -76,7 +80,9 @@ def test_bfloat16_matches_the_formulas_within_its_rounding(tokens, experts, top_
 @pytest.mark.parametrize("weight_on", ["output", "input"])
 def test_gradients_match_finite_differences_in_float64(weight_on, make_problem):
     with jax.enable_x64(True):
-        problem = make_problem(5, 3, 2, features=3, hidden=4, bias=True, dtype=jnp.float64, weight_on=weight_on)
+        problem = make_problem(
+            5, 3, 2, features=3, hidden=4, bias=True, dtype=jnp.float64, weight_on=weight_on
+        )
         dy = cotangent(problem)
         loss = jax.jit(lambda arrays: jnp.sum(problem.moe_mlp(**arrays) * dy))
         arrays = problem.differentiable
@@ -102,7 +108,9 @@ def test_all_tokens_on_one_expert_leaves_the_others_gradients_exactly_zero(make_
 
 
 @pytest.mark.parametrize(("flat", "weight_on"), [(False, "output"), (False, "input"), (True, "output")])
-def test_absent_assignments_leak_nothing_even_where_memory_holds_nan(flat, weight_on, make_problem, relative_error):
+def test_absent_assignments_leak_nothing_even_where_memory_holds_nan(
+    flat, weight_on, make_problem, relative_error
+):
     problem = make_problem(40, 4, 3, bias=True, weight_on=weight_on)
     rng = np.random.default_rng(3)
     absent = rng.random((40, 3)) < 0.3
@@ -161,7 +169,9 @@ def test_flat_assignments_give_what_the_same_routing_gives_in_any_order(make_pro
 
 def test_flat_assignments_allow_any_number_of_experts_for_a_token(relative_error):
     rng = np.random.default_rng(5)
-    x, w_up, w_down = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 3), (2, 3, 8), (2, 4, 3)))
+    x, w_up, w_down = (
+        jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 3), (2, 3, 8), (2, 4, 3))
+    )
     # Token 0 has three assignments, two of them to one expert; token 1 none; token 9 does not exist.
     tokens, experts = jnp.array([3, 0, 0, 9, 0, 2, -1]), jnp.array([1, 0, 1, 0, 0, 1, 1])
     weight = jnp.asarray(rng.random(7), jnp.float32)
@@ -186,18 +196,19 @@ def test_flat_assignments_allow_any_number_of_experts_for_a_token(relative_error
 def test_only_x_and_the_pre_activations_are_kept_for_the_backward(activation, width, make_problem):
     problem = make_problem(64, 8, 4, activation=activation, bias=True, features=32, hidden=16)
     x = problem.x.astype(jnp.bfloat16)
-    routing = jmoe.Routing(problem.expert_index, problem.weight)
 
     def layer(x, w_up, w_down, b_up, b_down, weight):
         routing = jmoe.Routing(problem.expert_index, weight)
         return jmoe.moe_mlp(x, w_up, w_down, routing, activation=activation, b_up=b_up, b_down=b_down)
 
     arguments = {**problem.differentiable, "x": x}
-    _, vjp = jax.vjp(functools.partial(layer), *arguments.values())
+    _, vjp = jax.vjp(layer, *arguments.values())
     kept = jax.tree.leaves(vjp)
     parameters = {(a.shape, a.dtype) for name, a in arguments.items() if name != "x"}
-    floats = [a for a in kept if jnp.issubdtype(a.dtype, jnp.floating) and (a.shape, a.dtype) not in parameters]
-    rows = routing.weight.size
+    floats = [
+        a for a in kept if jnp.issubdtype(a.dtype, jnp.floating) and (a.shape, a.dtype) not in parameters
+    ]
+    rows = problem.weight.size
     # 2*T*D + 4*R*F bytes for a gated MLP, 2*T*D + 2*R*F for a plain one.
     assert sum(a.nbytes for a in floats) == 2 * 64 * 32 + 2 * width * rows * 16
     integers = [a for a in kept if jnp.issubdtype(a.dtype, jnp.integer)]
@@ -314,5 +325,8 @@ def test_a_bad_argument_is_a_value_error_that_names_it(change, message, make_pro
 @pytest.mark.usefixtures("without_annotation_checks")
 def test_a_routing_of_another_type_is_a_value_error(make_problem):
     problem = make_problem(4, 2, 1)
-    with pytest.raises(ValueError, match=r"routing is a tuple; it must be a jmoe.Routing or jmoe.Assignments"):
-        jmoe.moe_mlp(problem.x, problem.w_up, problem.w_down, (problem.expert_index, problem.weight))
+    routing: Any = (problem.expert_index, problem.weight)
+    with pytest.raises(
+        ValueError, match=r"routing is a tuple; it must be a jmoe.Routing or jmoe.Assignments"
+    ):
+        jmoe.moe_mlp(problem.x, problem.w_up, problem.w_down, routing)

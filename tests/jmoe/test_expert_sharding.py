@@ -1,0 +1,176 @@
+"""The layer on meshes of eight virtual devices gives what one device gives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jmoe
+
+FEATURES, HIDDEN, EXPERTS, TOP_K = 12, 16, 8, 2
+
+
+def create():
+    return jmoe.MoE(
+        FEATURES,
+        HIDDEN,
+        EXPERTS,
+        TOP_K,
+        use_bias=True,
+        bias_init=nnx.initializers.normal(0.5),
+        shared_hidden_features=8,
+        rngs=nnx.Rngs(0),
+    )
+
+
+def inputs(batch=8, length=6):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((batch, length, FEATURES)), jnp.float32)
+    return x, jnp.asarray(rng.random((batch, length)) < 0.8)
+
+
+@nnx.jit
+def outputs_and_gradients(moe, x, mask):
+    def loss(moe, x):
+        y, aux = moe(x, mask=mask)
+        return jnp.sum(jnp.sin(y)) + aux.load_balancing_loss + aux.router_z_loss, (y, aux)
+
+    (_, outputs), gradients = nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(moe, x)
+    return outputs, gradients
+
+
+@functools.cache
+def on_one_device(batch=8):
+    return jax.tree.map(np.asarray, outputs_and_gradients(create(), *inputs(batch)))
+
+
+def assert_equal_to_one_device(actual, relative_error, batch=8):
+    expected = on_one_device(batch)
+    paths = jax.tree.leaves_with_path(expected)
+    for (path, wanted), got in zip(paths, jax.tree.leaves(actual), strict=True):
+        assert relative_error(got, wanted) < 1e-5, jax.tree_util.keystr(path)
+
+
+def make_mesh(shape, axis_type):
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(axis_type,) * len(shape))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "shape",
+    [{"data": 2, "expert": 4}, {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}],
+    ids=lambda shape: "-".join(shape),
+)
+def test_outputs_statistics_and_gradients_equal_those_of_one_device(shape, axis_type, relative_error):
+    with jax.set_mesh(make_mesh(shape, axis_type)):
+        moe = create()
+        assert moe.w_up[...].sharding.spec[0] == "expert"
+        actual = outputs_and_gradients(moe, *inputs())
+    assert_equal_to_one_device(actual, relative_error)
+
+
+def test_tokens_that_are_sharded_over_every_axis_stay_so_on_an_explicit_mesh(relative_error):
+    mesh = make_mesh({"data": 2, "expert": 2, "tensor": 2}, AxisType.Explicit)
+    x, mask = inputs()
+    spec = PartitionSpec("data", ("tensor", "expert"), None)
+    with jax.set_mesh(mesh):
+        x = jnp.pad(x, ((0, 0), (0, 2), (0, 0)), constant_values=jnp.nan)
+        mask = jnp.pad(mask, ((0, 0), (0, 2)))
+        x = jax.device_put(x, NamedSharding(mesh, spec))
+        (y, aux), (_, dx) = outputs_and_gradients(create(), x, mask)
+    assert jax.typeof(y).sharding.spec == spec
+    (expected_y, expected_aux), (_, expected_dx) = on_one_device()
+    assert relative_error(np.asarray(y)[:, :6], expected_y) < 1e-5
+    assert relative_error(np.asarray(dx)[:, :6], expected_dx) < 1e-5
+    assert relative_error(aux.load_balancing_loss, expected_aux.load_balancing_loss) < 1e-5
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_replicated(relative_error):
+    with jax.set_mesh(make_mesh({"data": 2, "expert": 4}, AxisType.Auto)):
+        actual = outputs_and_gradients(create(), *inputs(batch=3))
+    assert_equal_to_one_device(actual, relative_error, batch=3)
+
+
+def test_the_experts_are_computed_where_they_are_stored():
+    """No device ever holds more than its own experts, so an all-gather of weights would show."""
+    with jax.set_mesh(make_mesh({"data": 2, "expert": 4}, AxisType.Auto)):
+        graphdef, state = nnx.split(create())
+        run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)[0])
+        program = run.lower(state, inputs()[0]).compile().as_text() or ""
+    assert f"f32[{EXPERTS // 4},{FEATURES},{2 * HIDDEN}]" in program
+    assert f"f32[{EXPERTS},{FEATURES},{2 * HIDDEN}]" not in program
+
+
+def test_inside_a_shard_map_of_the_caller_the_layer_sees_one_shard(relative_error):
+    moe = create()
+    x, _ = inputs()
+    graphdef, state = nnx.split(moe)
+
+    def apply(state, x):
+        y, aux = nnx.merge(graphdef, state)(x)
+        return y, jax.tree.map(lambda a: a[None], aux)
+
+    mesh = make_mesh({"data": 4, "expert": 2}, AxisType.Auto)
+    shards = PartitionSpec("data")
+    sharded = jax.shard_map(
+        apply,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), shards),
+        out_specs=(shards, shards),
+        axis_names={"data"},
+        check_vma=False,
+    )
+    with jax.set_mesh(mesh):
+        y, aux = jax.jit(sharded)(state, x)
+    on_one_device = nnx.jit(lambda moe, x: moe(x))
+    assert relative_error(y, on_one_device(moe, x)[0]) < 1e-5
+    for shard in range(4):
+        _, expected = on_one_device(moe, x[2 * shard : 2 * shard + 2])
+        assert relative_error(aux.load_balancing_loss[shard], expected.load_balancing_loss) < 1e-5
+
+
+def test_named_sharding_gives_every_parameter_its_place():
+    moe = create()
+    mesh = make_mesh({"fsdp": 2, "expert": 4}, AxisType.Auto)
+    state = nnx.state(moe)
+    shardings = jmoe.named_sharding(state, mesh)
+    specs = {path: sharding.spec for path, sharding in jax.tree.leaves_with_path(nnx.to_pure_dict(shardings))}
+    specs = {jax.tree_util.keystr(path, simple=True, separator="."): spec for path, spec in specs.items()}
+    assert specs["w_up"] == PartitionSpec("expert", "fsdp", None)
+    assert specs["b_down"] == PartitionSpec("expert", "fsdp")
+    assert specs["router.kernel"] == PartitionSpec("fsdp", None)
+    nnx.update(moe, jax.device_put(state, shardings))
+    assert moe.w_up[...].addressable_shards[0].data.shape == (2, 6, 32)
+
+
+def test_flaxs_own_axis_rules_replace_the_default_ones():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
+    axes, shape = ("expert", "embed", "expert_hidden"), (8, 12, 32)
+    assert jmoe.partition_spec(axes, shape, mesh) == PartitionSpec(None, None, None)
+    with nnx.logical_axis_rules((("expert", "model"), ("embed", ("data", "model")))):
+        assert jmoe.partition_spec(axes, shape, mesh) == PartitionSpec("model", "data", None)
+
+
+def test_a_dimension_that_an_axis_does_not_divide_is_replicated():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("fsdp", "expert"))
+    assert jmoe.partition_spec(("expert", "embed"), (6, 12), mesh) == PartitionSpec(None, "fsdp")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"expert": 8}, "num_experts is 6; it must be a multiple of 8, the size of the mesh axis expert"),
+        (
+            {"tensor": 8},
+            "hidden_features is 20; it must be a multiple of 8, the size of the mesh axis tensor",
+        ),
+    ],
+    ids=["expert", "tensor"],
+)
+def test_a_mesh_that_cannot_split_the_layer_is_a_value_error(shape, message):
+    with jax.set_mesh(make_mesh(shape, AxisType.Auto)), pytest.raises(ValueError, match=message):
+        jmoe.MoE(FEATURES, 20, 6, TOP_K, rngs=nnx.Rngs(0))(inputs()[0])
