@@ -27,7 +27,6 @@ class LayerGroup(NamedTuple):
     repeats: int
 
 
-@no_type_check  # An unknown choice gets the ValueError below, type checking or not.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """Describes a decoder-only transformer whose MLPs are dense or Mixture-of-Experts.
@@ -207,6 +206,10 @@ class TransformerConfig:
         weights = self._count_layer_weights(self.top_k) + self.vocab_size * self.embed_dim
         return 6 * weights + 6 * self.num_layers * sequence_length * self.num_heads * self.head_dim
 
+
+# An unknown choice gets the ValueError above, type checking or not. Said of the class, this would hide the types of
+# its fields from those who read them, such as command lines.
+no_type_check(TransformerConfig.__init__)
 
 _CHOICES = {
     "activation": get_args(GatedActivation) + get_args(PlainActivation),
