@@ -59,7 +59,7 @@ class Checkpoints:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
         )
-        with self._one_line("open"):
+        with self._writable():
             self._manager = ocp.CheckpointManager(
                 self.directory, options=options, handler_registry=_handlers()
             )
@@ -83,7 +83,7 @@ class Checkpoints:
         self.wait()
         if step in self.steps:
             return
-        with self._one_line("write"):
+        with self._writable():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -100,7 +100,7 @@ class Checkpoints:
         Raises:
             UserError: If it failed. Earlier checkpoints are whole.
         """
-        with self._one_line("write"):
+        with self._writable():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
@@ -142,7 +142,7 @@ class Checkpoints:
             UserError: If the checkpoint has other shapes, or cannot be read.
         """
         self._check_shapes(step, params=shapes.params, optimizer=_rest(shapes))
-        with self._one_line("read"):
+        with self._readable(step):
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -164,7 +164,7 @@ class Checkpoints:
             UserError: If the checkpoint has other shapes, or cannot be read.
         """
         self._check_shapes(step, params=params)
-        with self._one_line("read"):
+        with self._readable(step):
             args = ocp.args.Composite(params=ocp.args.StandardRestore(params))
             return self._manager.restore(step, args=args)["params"]
 
@@ -174,12 +174,12 @@ class Checkpoints:
             self._manager.close()
 
     def _check_shapes(self, step: int, **items: PyTree[jax.ShapeDtypeStruct]) -> None:
-        with self._one_line("read"):
+        with self._readable(step):
             metadata = self._manager.item_metadata(step)
         for item, expected in items.items():
             stored = metadata[item]
             if stored is None:
-                raise UserError(f"checkpoint {self.directory / str(step)} has no {item}: it is damaged")
+                raise UserError(f"checkpoint {self.directory / str(step)} is damaged: it has no {item}")
             differences = _differences(_shapes(stored.tree), _shapes(expected))
             if differences:
                 more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
@@ -189,18 +189,26 @@ class Checkpoints:
                 )
 
     @contextlib.contextmanager
-    def _one_line(self, verb: str) -> Iterator[None]:
-        """Reports what Orbax and TensorStore raise about the disk in one line."""
+    def _writable(self) -> Iterator[None]:
+        """Reports what the disk refuses in one line."""
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot {verb} {self.directory}: {error.strerror or error}") from error
+            raise UserError(f"cannot write {self.directory}: {error.strerror or error}") from error
         except ValueError as error:
             # TensorStore reports the operating system's errors as ValueErrors that end in the code.
             code = re.search(r"os_error_code='(\d+)'", str(error))
             if code is None:
                 raise
-            raise UserError(f"cannot {verb} {self.directory}: {os.strerror(int(code[1]))}") from error
+            raise UserError(f"cannot write {self.directory}: {os.strerror(int(code[1]))}") from error
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """Reports in one line that a checkpoint, whose shapes are right, cannot be read."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read checkpoint {self.directory / str(step)}: {error}") from error
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:
