@@ -91,6 +91,13 @@ def test_json_lines_hold_one_document_a_line(tmp_path):
     assert 2 <= len(corpus.validation) <= 16
 
 
+def test_half_a_surrogate_pair_in_json_becomes_a_question_mark(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a\\ud800b"}\n' * 2)
+    corpus = load_corpus([str(path)])
+    assert [*corpus.train, *corpus.validation] == [b"a?b"] * 2
+
+
 @pytest.mark.parametrize("line", ['{"body": "x"}', '{"text": 3}', "[1]", "{"])
 def test_a_bad_json_line_is_named(tmp_path, line):
     path = tmp_path / "texts.jsonl"
