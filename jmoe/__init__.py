@@ -8,7 +8,7 @@ from jmoe.losses import expert_load, load_balancing_loss, router_z_loss
 from jmoe.mlp import moe_mlp
 from jmoe.moe import MoE, MoEAux
 from jmoe.routing import Assignments, Routing, route_top_k
-from jmoe.sharding import LOGICAL_AXIS_RULES, named_sharding, partition_spec
+from jmoe.sharding import LOGICAL_AXIS_RULES, logical_axis_rules, named_sharding, partition_spec
 
 __all__ = [
     "LOGICAL_AXIS_RULES",
@@ -22,6 +22,7 @@ __all__ = [
     "expert_load",
     "linen",
     "load_balancing_loss",
+    "logical_axis_rules",
     "make_dispatch",
     "moe_mlp",
     "named_sharding",

@@ -25,7 +25,8 @@ def debug_checks() -> AbstractContextManager[None]:
     - a token index outside [0, T) of a present assignment (`moe_mlp`; it counts as absent).
 
     The function that is checked has to be wrapped by `jax.experimental.checkify.checkify` and called in the
-    block.
+    block. JAX cannot carry checks out of the `jax.shard_map` that `jmoe.MoE` enters on a mesh: run them on
+    one device.
 
     Returns:
         A context manager.
@@ -41,6 +42,17 @@ def debug_checks() -> AbstractContextManager[None]:
         logits hold NaN for 1 of 1 tokens (`check` failed)
     """
     return _enabled(True)
+
+
+def refuse_mesh() -> None:
+    """Raises a ValueError if the checks are on, where JAX would raise a puzzling one.
+
+    `checkify` fails on a `jax.shard_map` under `jax.set_mesh` (JAX 0.11 and 0.12).
+    """
+    if _enabled.value:
+        raise ValueError(
+            "debug_checks() is on and a mesh is set; run the checks on one device, without a mesh."
+        )
 
 
 def check(ok: Bool[Array, "..."], message: str, **values: Any) -> None:

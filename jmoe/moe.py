@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from jmoe.activations import Activation
+from jmoe.debug import refuse_mesh
 from jmoe.expert_parallel import ShardAxes, sharded_mlps
 from jmoe.losses import expert_load, load_balancing_loss, router_z_loss
 from jmoe.mlp import WeightOn
@@ -209,6 +210,7 @@ class MoE(nnx.Module):
         if not axis_names:
             return self._apply_to_shard(inputs, parameters, axes=ShardAxes())
 
+        refuse_mesh()
         tokens = token_spec(x)
         axes = self._shard_axes(tokens)
         replicated = PartitionSpec()

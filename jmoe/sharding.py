@@ -19,6 +19,7 @@ LOGICAL_AXIS_RULES = (
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("vocab", "tensor"),
+    ("layers", None),
 )
 """The mesh axes of each logical axis, used unless Flax's `nnx.logical_axis_rules` are set.
 
@@ -66,6 +67,26 @@ def mesh_axes(axis: str | None, mesh: Mesh) -> tuple[str, ...]:
     """Returns the axes of a mesh that a logical axis may be sharded over."""
     rules: dict[str | None, Any] = dict(get_logical_axis_rules() or LOGICAL_AXIS_RULES)
     return tuple(name for name in as_axes(rules.get(axis)) if name in shardable_axes(mesh))
+
+
+def logical_axis_rules(mesh: Mesh) -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:
+    """Returns the rules in force, without the axes that a mesh lacks, for Flax's own sharding functions.
+
+    Flax takes a mesh axis that is not there for an error. `nnx.eval_shape`, `nnx.get_partition_spec` and
+    their like therefore want these rules where a mesh has but some of the default axes.
+
+    Example:
+        >>> import jax
+        >>> import jmoe
+        >>> from flax import nnx
+        >>> mesh = jax.make_mesh((1,), ("expert",))
+        >>> with jax.set_mesh(mesh), nnx.logical_axis_rules(jmoe.logical_axis_rules(mesh)):
+        ...     moe = nnx.eval_shape(lambda: jmoe.MoE(16, 32, num_experts=4, top_k=2, rngs=nnx.Rngs(0)))
+        >>> tuple(moe.w_up[...].sharding.spec)
+        ('expert', None, None)
+    """
+    rules = get_logical_axis_rules() or LOGICAL_AXIS_RULES
+    return tuple((name, _as_entry(mesh_axes(name, mesh))) for name, _ in rules)
 
 
 def named_sharding[T](tree: T, mesh: Mesh) -> T:

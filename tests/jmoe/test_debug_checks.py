@@ -49,6 +49,14 @@ def test_absent_assignments_may_hold_anything():
     assert error_of(moe_mlp, jnp.array([0, 9]), jnp.array([1, -1]), jnp.array([1.0, jnp.nan])) is None
 
 
+def test_the_checks_refuse_a_mesh():
+    moe = jmoe.MoE(4, 8, 2, 1, rngs=nnx.Rngs(0))
+    mesh = jax.make_mesh((2,), ("expert",))
+    message = "run the checks on one device"
+    with jax.set_mesh(mesh), jmoe.debug_checks(), pytest.raises(ValueError, match=message):
+        moe(jnp.ones((2, 4)))
+
+
 def test_a_layer_passes_the_checks_and_its_masked_tokens_may_be_nan():
     moe = nnx.clone(jmoe.MoE(4, 8, 3, 2, rngs=nnx.Rngs(0)))
     x = jnp.ones((3, 4)).at[0].set(jnp.nan)

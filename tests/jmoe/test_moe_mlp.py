@@ -215,6 +215,24 @@ def test_only_x_and_the_pre_activations_are_kept_for_the_backward(activation, wi
     assert sum(a.size for a in integers) <= 4 * rows + 8
 
 
+def test_the_compiler_keeps_no_gathered_rows_between_forward_and_backward(make_problem):
+    layers, rows_bytes = 4, 4 * 128 * 8 * 256  # one float32 [R, D]
+    problem = make_problem(128, 8, 8, features=256, hidden=2)
+
+    def loss(x, weights):
+        for w_up, w_down in weights:
+            x = x + problem.moe_mlp(x=x, w_up=w_up, w_down=w_down)
+        return jnp.sum(x**2)
+
+    weights = [(problem.w_up + i, problem.w_down) for i in range(layers)]
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(problem.x, weights)
+    # The usual order on CPUs runs as much as possible at once, whatever memory that takes.
+    in_order = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    memory: Any = gradient.compile(compiler_options=in_order).memory_analysis()
+    # A layer at work has its x rows, its dy rows and their product; kept rows would add one for each layer.
+    assert memory.temp_size_in_bytes < 4.5 * rows_bytes
+
+
 def test_gradients_of_float32_master_weights_are_not_rounded_to_the_compute_dtype(make_problem):
     problem = make_problem(64, 4, 2, bias=True)
     x = problem.x.astype(jnp.bfloat16)
