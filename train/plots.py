@@ -37,7 +37,7 @@ def plot_losses(run_dir: Path | str, baselines: Mapping[str, float] | None = Non
     validation_steps, validation = _series(run_dir, VALIDATION_BITS_PER_BYTE, required=False)
     baselines = baselines or {}
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=1)
     axes.plot(steps, _smooth(losses), color=_TRAIN, linewidth=2, label="training (running mean)")
@@ -62,8 +62,8 @@ def plot_losses(run_dir: Path | str, baselines: Mapping[str, float] | None = Non
     axes.xaxis.set_major_locator(_step_ticks(9))
     axes.set_xlabel("training step")
     axes.set_ylabel("bits per byte")
-    axes.set_title("Loss")
-    axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
+    axes.set_title("Training and validation loss")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return _save(figure, run_dir, "losses.png")
 
 
