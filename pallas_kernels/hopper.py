@@ -90,6 +90,17 @@ class Ring:
         plgpu.barrier_arrive(self.empty.at[self.slot(step)])
 
 
+    def skip(self, first_step: Array, num_steps: Scalar) -> None:
+        """Compute warpgroup: lets steps pass by unread."""
+
+        def pass_by(k, carry):
+            self.wait_for_data(first_step + k)
+            self.release(first_step + k)
+            return carry
+
+        lax.fori_loop(0, num_steps, pass_by, jnp.int32(0))
+
+
 def accumulate(
     ring: Ring,
     first_step: Array,
@@ -144,70 +155,93 @@ def accumulate(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PendingStore:
+class FinishedTile:
     """A finished tile in registers, on its way to global memory.
 
-    Storing it takes a warpgroup about as long as two steps of the ring. So a tile is kept until the next tile's
-    first products run on the tensor cores, and its pieces are stored in their shadow.
+    Storing it takes a warpgroup about as long as two steps of the ring. So a tile of which all rows are stored is
+    kept until the next tile's first products run on the tensor cores, and its pieces are stored in their shadow.
+    A tile that only some rows belong to is stored at once, since that takes more instructions than fit there.
 
     Attributes:
-        tile: [64, columns], in registers, of the dtype of the result.
-        row: the row of the result where the tile's row 0 belongs.
-        column: the column of the result where the tile's column 0 belongs.
-        begin: the first row of the tile to store.
-        end: the row after the last; none is stored if it is not past `begin`.
+        values: [64, columns], in registers, of the dtype of the result.
         matrix: which matrix of the result it belongs to.
+        row: the row of that matrix where the tile's row 0 belongs.
+        column: the column where the tile's column 0 belongs.
+        pending: whether the tile is still to be stored.
     """
 
-    tile: Array
+    values: Array
+    matrix: Array
     row: Array
     column: Array
-    begin: Array
-    end: Array
-    matrix: Array
+    pending: Array
 
     @classmethod
-    def nothing(cls, shape: tuple[int, int], dtype: jax.typing.DTypeLike) -> "PendingStore":
-        """Returns a tile of which no row is to be stored."""
-        return cls(jnp.zeros(shape, dtype), *[jnp.int32(0)] * 5)
+    def nothing(cls, shape: tuple[int, int], dtype: jax.typing.DTypeLike) -> "FinishedTile":
+        """Returns a tile that is not to be stored."""
+        return cls(jnp.zeros(shape, dtype), jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.bool_(False))
 
     def pieces(self, buffers: Ref, out: Ref) -> list[Callable[[], None]]:
-        """Cuts the store into pieces, 128 bytes wide each, to be called in order.
+        """Cuts the store of a pending tile into pieces, 128 bytes wide each, to be called in order.
 
         Args:
             buffers: [2, 64, 128 bytes] of shared memory, made by `result_tile`, this warpgroup's own.
             out: [matrices, rows, columns] of global memory. The copies are left in flight.
         """
-        return [
-            functools.partial(self._store_piece, piece, buffers.at[piece % 2], out)
-            for piece in range(self.tile.shape[1] // swizzled_columns(self.tile.dtype))
-        ]
+
+        def store_piece(piece):
+            @pl.when(self.pending & self._has_columns(piece, out))
+            def store():
+                buffer, columns = self._stage(piece, buffers, out)
+                plgpu.copy_smem_to_gmem(buffer, out.at[self.matrix, pl.ds(self.row, WARPGROUP_ROWS), columns])
+
+        return [functools.partial(store_piece, piece) for piece in range(self._num_pieces)]
 
     def store(self, buffers: Ref, out: Ref) -> None:
-        """Stores the whole tile at once."""
-        for piece in self.pieces(buffers, out):
-            piece()
+        """Stores a pending tile at once."""
+        for store_piece in self.pieces(buffers, out):
+            store_piece()
 
-    def _store_piece(self, piece: int, buffer: Ref, out: Ref) -> None:
-        width = buffer.shape[1]
+    def store_rows(self, begin: Array, end: Array, buffers: Ref, out: Ref) -> None:
+        """Stores rows `begin : end` of the tile at once, if there are any."""
+
+        for piece in range(self._num_pieces):
+
+            @pl.when((end > begin) & self._has_columns(piece, out))
+            def store(piece=piece):
+                buffer, columns = self._stage(piece, buffers, out)
+                # A TMA copy has a static height, so a part of the tile leaves as copies of 2^i rows for the ones
+                # among the binary digits of its height.
+                done = begin
+                for height in (64, 32, 16, 8, 4, 2, 1):
+                    rows_s = buffer.at[pl.ds(done, height)] if height < WARPGROUP_ROWS else buffer
+                    rows = pl.ds(self.row + done, height)
+
+                    @pl.when((end - begin) & height != 0)
+                    def copy(rows_s=rows_s, rows=rows, columns=columns):
+                        plgpu.copy_smem_to_gmem(rows_s, out.at[self.matrix, rows, columns], commit_group=False)
+
+                    done = done + ((end - begin) & height)
+                plgpu.commit_smem_to_gmem_group()
+
+    @property
+    def _num_pieces(self) -> int:
+        return self.values.shape[1] // swizzled_columns(self.values.dtype)
+
+    def _has_columns(self, piece: int, out: Ref) -> Array | bool:
+        """Says whether a piece lies inside the matrix. A copy may reach over its edge, but not lie beyond."""
+        num_columns = out.shape[2]
+        if num_columns % self.values.shape[1] == 0:
+            return True
+        return self.column + piece * swizzled_columns(self.values.dtype) < num_columns
+
+    def _stage(self, piece: int, buffers: Ref, out: Ref):
+        """Writes a piece to shared memory; returns where it is, and the columns of `out` that it belongs to."""
+        buffer, width = buffers.at[piece % 2], swizzled_columns(self.values.dtype)
         plgpu.wait_smem_to_gmem(1 if piece else 0, wait_read_only=True)
-        buffer[...] = self.tile[:, piece * width : (piece + 1) * width]
+        buffer[...] = self.values[:, piece * width : (piece + 1) * width]
         plgpu.commit_smem()
-        columns = pl.ds(pl.multiple_of(self.column + piece * width, width), width)
-        num_rows = jnp.maximum(self.end - self.begin, 0)
-        # A TMA copy has a static height, so a part of the tile leaves as copies of 2^i rows for the ones among the
-        # binary digits of its height.
-        done = self.begin
-        for height in (64, 32, 16, 8, 4, 2, 1):
-            source = buffer.at[pl.ds(done, height)] if height < WARPGROUP_ROWS else buffer
-
-            @pl.when(num_rows & height != 0)
-            def store(height=height, source=source, done=done):
-                rows = pl.ds(self.row + done, height)
-                plgpu.copy_smem_to_gmem(source, out.at[self.matrix, rows, columns], commit_group=False)
-
-            done = done + (num_rows & height)
-        plgpu.commit_smem_to_gmem_group()
+        return buffer, pl.ds(pl.multiple_of(self.column + piece * width, width), width)
 
 
 def why_unsupported(

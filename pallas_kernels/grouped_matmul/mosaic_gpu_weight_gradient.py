@@ -35,7 +35,7 @@ class Config:
         num_stages: slots of the ring.
         cluster_k: blocks that work on neighbouring rows of a gradient and share the tile of `out_grad` by multicast.
         cluster_n: blocks that work on neighbouring columns and share the tile of `lhs` by multicast.
-        raster_rows: a group's tiles are visited in bands of this many row blocks.
+        band_rows: a group's tiles are visited in bands of this many row blocks.
     """
 
     block_k: int = 128
@@ -44,7 +44,7 @@ class Config:
     num_stages: int = 4
     cluster_k: int = 1
     cluster_n: int = 1
-    raster_rows: int = 16
+    band_rows: int = 16
 
 
 def grouped_weight_gradient(
@@ -79,35 +79,36 @@ def grouped_weight_gradient(
     def kernel(lhs, out_grad, group_start, group_end, out, a_s, b_s, out_s, full, empty, cleared):
         ring = hopper.Ring(full, empty, config.num_stages)
         warpgroup, block = lax.axis_index("wg"), lax.axis_index("block")
-        first_tile = lax.axis_index("cluster")
+        own_cluster = lax.axis_index("cluster")
+        own_tiles = pl.cdiv(num_groups * tiles_of_group - own_cluster, num_clusters)
 
-        def for_each_tile(visit, carry):
-            """Runs `visit(group, first_row, first_column, carry) -> carry` for every tile of this block."""
+        def place_of(i):
+            """The group of this block's i-th tile, and the first row and column of the tile in its matrix."""
+            tile = own_cluster + i * num_clusters
+            row_block, column_block = plgpu.planar_snake(
+                tile % tiles_of_group, (row_blocks, column_blocks), 0, config.band_rows
+            )
+            row = (row_block * config.cluster_k + block // config.cluster_n) * block_k
+            column = (column_block * config.cluster_n + block % config.cluster_n) * block_n
+            return tile // tiles_of_group, row, column
 
-            def visit_tile(i, carry):
-                tile = first_tile + i * num_clusters
-                row_block, column_block = plgpu.planar_snake(
-                    tile % tiles_of_group, (row_blocks, column_blocks), 0, config.raster_rows
-                )
-                row = (row_block * config.cluster_k + block // config.cluster_n) * block_k
-                column = (column_block * config.cluster_n + block % config.cluster_n) * block_n
-                return visit(tile // tiles_of_group, row, column, carry)
+        def bounds_of(i):
+            """Loads the first and the last row of the group of this block's i-th tile."""
+            group = jnp.minimum(own_cluster + i * num_clusters, num_groups * tiles_of_group - 1) // tiles_of_group
+            return group_start[group], group_end[group]
 
-            num_tiles = num_groups * tiles_of_group
-            return lax.fori_loop(0, pl.cdiv(num_tiles - first_tile, num_clusters), visit_tile, carry)
-
-        def rows_of(group):
-            """The rows to sum over, the first row that is read, and the steps."""
-            begin, end = group_start[group], group_end[group]
+        def steps_of(begin, end):
+            """The first row that is read for a group, and the number of steps."""
             window = pl.multiple_of(begin // hopper.TMA_ROWS * hopper.TMA_ROWS, hopper.TMA_ROWS)
-            return begin, end, window, jnp.where(end > begin, pl.cdiv(end - window, block_m), 0)
+            return window, jnp.where(end > begin, pl.cdiv(end - window, block_m), 0)
 
         @pl.when(warpgroup == hopper.MEMORY_WARPGROUP)
         def load():
             plgpu.set_max_registers(hopper.MEMORY_REGISTERS, action="decrease")
 
-            def load_tile(group, row, column, step):
-                _, _, window, steps = rows_of(group)
+            def load_tile(i, step):
+                _, row, column = place_of(i)
+                window, steps = steps_of(*bounds_of(i))
 
                 def load_step(m, carry):
                     ring.wait_for_room(step + m)
@@ -130,7 +131,7 @@ def grouped_weight_gradient(
                 lax.fori_loop(0, steps, load_step, jnp.int32(0))
                 return step + steps
 
-            ring.drain(for_each_tile(load_tile, jnp.int32(0)))
+            ring.drain(lax.fori_loop(0, own_tiles, load_tile, jnp.int32(0)))
 
         @pl.when(warpgroup < hopper.MEMORY_WARPGROUP)
         def multiply():
@@ -138,9 +139,11 @@ def grouped_weight_gradient(
             own_rows = pl.ds(pl.multiple_of(warpgroup * own_k, own_k), own_k)
             own_columns = pl.ds(pl.multiple_of(warpgroup * own_n, own_n), own_n)
 
-            def multiply_tile(group, row, column, carry):
-                step, previous = carry
-                begin, end, window, steps = rows_of(group)
+            def multiply_tile(i, carry):
+                step, (begin, end), previous = carry
+                upcoming = bounds_of(i + 1)  # long before they are needed, so that nothing waits for them
+                group, row, column = place_of(i)
+                window, steps = steps_of(begin, end)
 
                 def multiply_step(acc, m, slot):
                     first = jnp.maximum(begin - (window + m * block_m), 0)
@@ -165,18 +168,12 @@ def grouped_weight_gradient(
                     meanwhile=previous.pieces(out_s.at[warpgroup], out),
                 )
                 own_row = row + warpgroup * own_k
-                finished = hopper.PendingStore(
-                    tile=acc.astype(out.dtype),
-                    row=own_row,
-                    column=column,
-                    begin=jnp.int32(0),
-                    end=jnp.clip(k - own_row, 0, own_k),
-                    matrix=group,
-                )
-                return step + steps, finished
+                tile = hopper.FinishedTile(acc.astype(out.dtype), group, own_row, column, own_row < k)
+                return step + steps, upcoming, tile
 
-            nothing = hopper.PendingStore.nothing((own_k, block_n), out.dtype)
-            _, last = for_each_tile(multiply_tile, (jnp.int32(0), nothing))
+            nothing = hopper.FinishedTile.nothing((own_k, block_n), out.dtype)
+            first = jnp.int32(0), bounds_of(0), nothing
+            _, _, last = lax.fori_loop(0, own_tiles, multiply_tile, first)
             last.store(out_s.at[warpgroup], out)
             plgpu.wait_smem_to_gmem(0)
 
