@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import doctest, importlib, sys
-results = [doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS) for name in sys.argv[1:]]
+modules = [importlib.import_module(name) for name in sys.argv[1:]]
+results = [doctest.testmod(module, optionflags=doctest.ELLIPSIS) for module in modules]
 sys.exit(any(result.failed or not result.attempted for result in results))
 """
 
