@@ -123,17 +123,15 @@ def _backward(options, residuals, dy):
     # them once and keep them from forward to backward.
     x, parameters, weight, h, dy = lax.optimization_barrier((x, parameters, weight, h, dy))
     dy_rows = _gather(dy, dispatch)  # [R, D]
-    dh, a, dweight = _down_input_gradient(
-        options, dy_rows, h, parameters, weight, dispatch
-    )  # [R, H], [R, F], [R]
+    # [R, H], [R, F], [R]
+    dh, a, dweight = _down_input_gradient(options, dy_rows, h, parameters, weight, dispatch)
     dw_down = _weight_gradient(options, a, dy_rows, parameters.w_down, dispatch)  # [E, F, D]
-    db_down = _down_bias_gradient(options, dy_rows, parameters, weight, dispatch)  # [E, D]
+    dv_rows = _scale(_accumulator(dy_rows), weight, dispatch) if options.weight_on == "output" else dy_rows
+    db_down = _bias_gradient(dv_rows, parameters.b_down, dispatch)  # [E, D]
 
     x_rows = _gather(x, dispatch)  # [R, D]
     dx_rows = _matmul(options, dh, parameters.w_up, dispatch, transpose_rhs=True)  # [R, D]
-    db_up = (
-        None if parameters.b_up is None else group_sum(dh, dispatch.group_sizes).astype(parameters.b_up.dtype)
-    )
+    db_up = _bias_gradient(dh, parameters.b_up, dispatch)  # [E, H]
     if options.weight_on == "input":
         dweight = jnp.sum(_accumulator(x_rows) * _accumulator(dx_rows), axis=1)
         dx = combine(dx_rows, weight, dispatch, x.shape[0])
@@ -173,9 +171,8 @@ def _down(options, a, parameters, dispatch):
 def _down_input_gradient(options, dy_rows, h, parameters, weight, dispatch):
     """Goes back through the down-projection and the activation.
 
-    Returns the gradient of the pre-activations, the activations that the gradient of w_down needs, and the
-    gradient of the weights on the output, `<dy, v> = <dy @ w_down^T, a> + <dy, b_down>` for an expert output
-    v.
+    Returns the gradient of the pre-activations, the activations that the gradient of w_down needs, and that
+    of the weights on the outputs v, `<dy, v> = <dy @ w_down^T, a> + <dy, b_down>`.
     """
     da = _accumulator(_matmul(options, dy_rows, parameters.w_down, dispatch, transpose_rhs=True))  # [R, F]
     a, pull_back = jax.vjp(functools.partial(activate, options.activation), _accumulator(h))
@@ -189,13 +186,8 @@ def _down_input_gradient(options, dy_rows, h, parameters, weight, dispatch):
     return dh.astype(h.dtype), a.astype(h.dtype), dweight
 
 
-def _down_bias_gradient(options, dy_rows, parameters, weight, dispatch):
-    if parameters.b_down is None:
-        return None
-    rows = _accumulator(dy_rows)
-    if options.weight_on == "output":
-        rows = _scale(rows, weight, dispatch)
-    return group_sum(rows, dispatch.group_sizes).astype(parameters.b_down.dtype)
+def _bias_gradient(rows, bias, dispatch):
+    return None if bias is None else group_sum(rows, dispatch.group_sizes).astype(bias.dtype)
 
 
 def _matmul(options, rows, weights, dispatch, *, dtype=None, transpose_rhs=False):
