@@ -1,5 +1,6 @@
 """What the tests of whole runs share: a small corpus, and the command line of a run that takes seconds."""
 
+import os
 import random
 import subprocess
 import sys
@@ -33,14 +34,17 @@ def arguments(corpus_folder):
 
 
 @pytest.fixture
-def start():
+def start(tmp_path):
     """Starts `python -m train` with some arguments; what still runs at the end of the test is killed."""
     processes = []
+    # The programs of a run and of its continuation are the same: each is compiled once.
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-    def start(*arguments, **options):
+    def start(*arguments):
         command = [sys.executable, "-m", "train", *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, **pipes | options))
+        processes.append(subprocess.Popen(command, env=environment, **pipes))
         return processes[-1]
 
     yield start

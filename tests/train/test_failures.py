@@ -29,13 +29,13 @@ def _one_line(capsys, arguments):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--optimizer.lerning-rate", "1"], "--optimizer.lerning-rate, 1; did you mean --optimizer.learning-rate?"),
+        (["--optimizer.lerning-rate", "1"], "lerning-rate, 1; did you mean --optimizer.learning-rate?"),
         (["--model.num-layers", "two"], "--model.num-layers: invalid literal for int() with base 10: 'two'"),
         (["--optimizer.name", "adamm"], "invalid choice 'adamm' for argument '--optimizer.name'"),
         (["--preset", "huge"], "preset must be one of tiny, small"),
         (["--model.top-k", "9"], "top_k must be from 1 to num_experts = 4, got 9"),
         (["--optimizer.warmup-steps", "12"], "optimizer.warmup_steps must be less than steps = 12, got 12"),
-        (["--model.vocab-size", "100"], "model.vocab_size must be at least 257, the size of the tokenizer, got 100"),
+        (["--model.vocab-size", "100"], "model.vocab_size must be at least 257, the size of the tokenizer"),
         (["--data", "absent.txt"], "No such file or directory: absent.txt"),
         (["--config", "absent.yaml"], "No such file or directory: absent.yaml"),
         (["--tokenizer", "absent.json"], "No such file or directory: absent.json"),
@@ -53,13 +53,14 @@ def test_a_file_without_read_permission_is_one_line(arguments, tmp_path, capsys)
     path.chmod(0)
     if os.access(path, os.R_OK):
         pytest.skip("this user reads files whatever their permissions")
-    assert "Permission denied" in _one_line(capsys, [*arguments, "--run-dir", tmp_path / "run", "--data", path])
+    err = _one_line(capsys, [*arguments, "--run-dir", tmp_path / "run", "--data", path])
+    assert "Permission denied" in err
 
 
 def test_a_checkpoint_of_another_shape_is_one_line_and_stays_as_it_was(finished_run, capsys):
     before = _fingerprint(finished_run)
     err = _one_line(capsys, ["--resume", finished_run, "--model.embed-dim", "32"])
-    assert "has another shape than this run: params embedding.embedding is [258, 16] there and [258, 32] here" in err
+    assert "params embedding.embedding is [258, 16] there and [258, 32] here" in err
     err = _one_line(capsys, ["--resume", finished_run, "--optimizer.name", "lion"])
     assert "has another shape than this run: optimizer opt_state" in err
     assert _fingerprint(finished_run) == before
@@ -85,11 +86,11 @@ def test_a_run_folder_in_use_is_not_overwritten(finished_run, arguments, capsys)
 @pytest.mark.parametrize(
     ("free", "settings"),
     [
-        pytest.param("1500k", ["--checkpoint.every", "4", "--checkpoint.keep-last", "100"], id="checkpoints fill it"),
-        pytest.param("400k", ["--checkpoint.every", "8", "--checkpoint.keep-last", "1"], id="metrics fill it"),
+        pytest.param("1500k", ["--checkpoint.keep-last", "100"], id="checkpoints fill it"),
+        pytest.param("400k", ["--checkpoint.keep-last", "1"], id="metrics fill what checkpoints leave"),
     ],
 )
-def test_a_full_disk_is_one_line_and_the_checkpoints_before_it_stay_whole(free, settings, arguments, tmp_path):
+def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay_whole(free, settings, arguments, tmp_path):
     """On a real file system, which only this test's processes see."""
     inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     mount = f'mount -t tmpfs -o size={free} tmpfs "$DISK" && '

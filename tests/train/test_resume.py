@@ -22,7 +22,7 @@ _CLOCK = {"time", "train/tokens_per_second"}
 def test_a_run_killed_before_its_first_checkpoint_and_during_a_save_ends_bit_for_bit_like_one_left_alone(
     arguments, start, tmp_path
 ):
-    arguments = [*arguments, "--steps", "60", "--checkpoint.every", "10", "--evaluation.every", "5"]
+    arguments = [*arguments, "--steps", "30", "--checkpoint.every", "10", "--evaluation.every", "5"]
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     reference = start(*arguments, "--run-dir", alone)
 
@@ -34,7 +34,7 @@ def test_a_run_killed_before_its_first_checkpoint_and_during_a_save_ends_bit_for
 
     process = start("--resume", killed)
     _kill_during_a_save(process, killed)
-    assert _saved_steps(killed) != [60]
+    assert _saved_steps(killed) != [30]
 
     process = start("--resume", killed)
     assert process.wait() == 0, process.communicate()
@@ -42,7 +42,7 @@ def test_a_run_killed_before_its_first_checkpoint_and_during_a_save_ends_bit_for
 
     assert _comparable(read_metrics(killed)) == _comparable(read_metrics(alone))
     steps = [record["step"] for record in read_metrics(killed) if "train/loss" in record]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 31))
     assert _final_state(killed) == _final_state(alone)
     assert not list((killed / "checkpoints").glob("*-tmp"))
 
@@ -83,7 +83,7 @@ def _wait(process, condition):
 
 
 def _kill_during_a_save(process, run):
-    """Kills the process for sure while a checkpoint is half written: it is frozen first to make certain of that."""
+    """Kills the process while a checkpoint is half written; it is frozen first to make certain of that."""
 
     def drafts():
         return list((run / "checkpoints").glob("*-tmp"))
