@@ -1,17 +1,23 @@
-"""Test set-up: run-time checking of the array annotations, eight virtual CPU devices, and the `gpu` marker."""
+"""Test set-up: run-time checks of array annotations, eight virtual CPU devices, and the `gpu` marker."""
 
+import importlib.util
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the machine: one thread pool each as wide as the machine would only make them wait for each other.
+    # Workers share the machine: a thread pool as wide as the machine for each would only make them wait for
+    # each other.
     os.environ["XLA_FLAGS"] += " --xla_cpu_multi_thread_eigen=false"
+# Mosaic GPU's interpreter runs each warpgroup as a task of XLA's thread pool, where it waits for the others. The
+# pool has a thread for each core unless this says otherwise; with fewer than warpgroups they would wait for ever.
+os.environ.setdefault("NPROC", "16")
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook(["pallas_kernels", "jmoe", "train"], "beartype.beartype")
+if importlib.util.find_spec("beartype"):  # a borrowed GPU machine may lack it
+    install_import_hook(["pallas_kernels", "jmoe", "train"], "beartype.beartype")
 
 
 def _has_hopper_gpu() -> bool:

@@ -1,0 +1,98 @@
+"""Grouped matmuls as loops over groups in NumPy, random operands, and a GPU that only has to be described."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+
+def _rows_of_groups(group_sizes, num_rows):
+    start = 0
+    for size in np.asarray(group_sizes).tolist():
+        end = min(start + max(size, 0), num_rows)
+        yield slice(start, end)
+        start = end
+
+
+@pytest.fixture
+def loop_matmul():
+    """`grouped_matmul(lhs, rhs, group_sizes, transpose_rhs=...)` as a loop over the groups, in float64."""
+
+    def matmul(lhs, rhs, group_sizes, *, transpose_rhs=False):
+        lhs, rhs = np.asarray(lhs, np.float64), np.asarray(rhs, np.float64)
+        if transpose_rhs:
+            rhs = rhs.swapaxes(1, 2)
+        out = np.zeros((lhs.shape[0], rhs.shape[2]))
+        for g, rows in enumerate(_rows_of_groups(group_sizes, lhs.shape[0])):
+            out[rows] = lhs[rows] @ rhs[g]
+        return out
+
+    return matmul
+
+
+@pytest.fixture
+def loop_weight_gradient():
+    """`grouped_weight_gradient` as a loop over the groups, in float64."""
+
+    def weight_gradient(lhs, out_grad, group_sizes):
+        lhs, out_grad = np.asarray(lhs, np.float64), np.asarray(out_grad, np.float64)
+        return np.stack([lhs[rows].T @ out_grad[rows] for rows in _rows_of_groups(group_sizes, lhs.shape[0])])
+
+    return weight_gradient
+
+
+@pytest.fixture
+def normal():
+    """Standard normal arrays: `normal(*shape, dtype=..., seed=...)`."""
+
+    def draw(*shape, dtype=jnp.float32, seed=0):
+        return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), dtype)
+
+    return draw
+
+
+@pytest.fixture
+def relative_error():
+    """The norm of the difference over the norm of the expected array."""
+
+    def error(actual, expected):
+        actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+        assert actual.shape == expected.shape
+        norm = np.linalg.norm(expected)
+        return np.linalg.norm(actual - expected) / (norm if norm else 1)
+
+    return error
+
+
+@pytest.fixture
+def h100():
+    """A context in which code is traced for an H100 of `num_sms` multiprocessors, whatever the machine has."""
+
+    def describe(num_sms=132):
+        device = jax.sharding.AbstractDevice(
+            device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=num_sms
+        )
+        return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+    return describe
+
+
+@pytest.fixture
+def lower_for_cuda(h100):
+    """Lowers a function of arrays of these shapes and dtypes for an H100, and returns the program's text."""
+
+    def lower(function, *arrays):
+        with h100():
+            traced = jax.jit(function).trace(*(jax.ShapeDtypeStruct(*array) for array in arrays))
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    return lower
+
+
+@pytest.fixture
+def without_annotation_checks():
+    """Lets arguments that contradict their annotations reach the function, as they do outside the tests."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
