@@ -207,8 +207,8 @@ class TransformerConfig:
         return 6 * weights + 6 * self.num_layers * sequence_length * self.num_heads * self.head_dim
 
 
-# An unknown choice gets the ValueError above, type checking or not. Said of the class, this would hide the
-# types of its fields from those who read them, such as command lines.
+# An unknown choice gets the ValueError above, type checking or not. Marking the class instead would hide its
+# fields' types from those who read them, such as command lines.
 no_type_check(TransformerConfig.__init__)
 
 _CHOICES = {

@@ -1,11 +1,14 @@
 """Sampling from a language model with a key-value cache."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from jmoe.models.mesh import batch_spec, with_auto_axes
 from jmoe.models.transformer import Transformer
 
 
@@ -80,11 +83,23 @@ def _generate(
     prompt: Int[Array, "B P"],
     prompt_lengths: Int[Array, " B"],
     key: Key[Array, ""],
+    num_tokens: int,
+    **sampling: Any,
+) -> Int[Array, "B total"]:
+    extend = functools.partial(
+        _extend, num_tokens=num_tokens, sample=functools.partial(sample_token, **sampling)
+    )
+    return with_auto_axes(extend, batch_spec(prompt))(model, prompt, prompt_lengths, key)
+
+
+def _extend(
+    model: Transformer,
+    prompt: Int[Array, "B P"],
+    prompt_lengths: Int[Array, " B"],
+    key: Key[Array, ""],
     *,
     num_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    sample: Callable[[Array, Array], Array],
 ) -> Int[Array, "B total"]:
     B, P = prompt.shape
 
@@ -97,7 +112,7 @@ def _generate(
     def add_token(carry, key):
         last_hidden, positions, cache = carry
         logits = model.logits(last_hidden)[:, 0]  # [B, V]
-        tokens = sample_token(logits, key, temperature=temperature, top_k=top_k, top_p=top_p)  # [B]
+        tokens = sample(logits, key)  # [B]
         last_hidden, cache = model.hidden_with_cache(tokens[:, None], positions[:, None], cache)  # [B, 1, D]
         return (last_hidden, positions + 1, cache), tokens
 

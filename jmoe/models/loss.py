@@ -6,8 +6,10 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jmoe.models.mesh import with_auto_axes
 from jmoe.models.transformer import Transformer
 
 
@@ -61,6 +63,18 @@ def language_model_loss(
     Returns:
         The loss, and its parts. Without any counted target the cross entropy is 0.
     """
+    run = with_auto_axes(_language_model_loss, PartitionSpec())
+    return run(model, tokens, targets, mask, positions, segment_ids)
+
+
+def _language_model_loss(
+    model: Transformer,
+    tokens: Int[Array, "B S"],
+    targets: Int[Array, "B S"],
+    mask: Bool[Array, "B S"] | None,
+    positions: Int[Array, "B S"] | None,
+    segment_ids: Int[Array, "B S"] | None,
+) -> tuple[Float[Array, ""], LossAux]:
     config = model.config
     if mask is None:
         mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0  # [B, S]

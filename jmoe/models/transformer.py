@@ -7,11 +7,13 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jmoe.models.attention import Attention, KVCache, Rotation, rope_rotation
 from jmoe.models.config import LayerGroup, LayerKind, TransformerConfig
 from jmoe.models.layers import MLP, RMSNorm, vocabulary_matmul
+from jmoe.models.mesh import batch_spec, with_auto_axes
 from jmoe.moe import MoE, MoEAux
 from jmoe.sharding import partitioned
 
@@ -112,8 +114,13 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: If the sequence is longer than `config.max_sequence_length`.
         """
-        hidden, aux = self.hidden(tokens, positions=positions, segment_ids=segment_ids)
-        return self.logits(hidden), aux
+
+        def logits_and_aux(model, tokens, positions, segment_ids):
+            hidden, aux = model.hidden(tokens, positions=positions, segment_ids=segment_ids)
+            return model.logits(hidden), aux
+
+        out_sharding = (batch_spec(tokens), PartitionSpec())
+        return with_auto_axes(logits_and_aux, out_sharding)(self, tokens, positions, segment_ids)
 
     def hidden(
         self,
@@ -124,7 +131,8 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], MoEAux]:
         """Computes the normalized output of the last layer, which `logits` turns into logits.
 
-        Arguments and errors are those of calling the model; the second result too.
+        Arguments, errors and the second result are those of calling the model. On a mesh with Explicit axes
+        it must run under `jax.sharding.auto_axes`; the call, the loss and `generate` see to that themselves.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -22,7 +22,7 @@ def config():
         num_experts=4,
         top_k=2,
         expert_hidden_dim=8,
-        shared_hidden_dim=5,
+        shared_hidden_dim=6,
         hidden_dim=12,
         first_dense_layers=1,
         moe_every=2,

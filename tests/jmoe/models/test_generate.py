@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmoe import named_sharding
 from jmoe.models import generate
 from jmoe.models.generate import sample_token
 
@@ -31,6 +32,20 @@ def test_prompts_of_different_lengths_continue_as_if_alone(greedy, forward, toke
     likeliest = jnp.argmax(forward(generated)[0], axis=-1)
     np.testing.assert_array_equal(generated[0, 3:8], likeliest[0, 2:7])
     np.testing.assert_array_equal(generated[0, 8:], 0)
+
+
+def test_generation_runs_on_a_mesh_with_explicit_axes(greedy, model, tokens):
+    axis_types = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=axis_types)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(model, named_sharding(model, mesh))
+        prompt = jax.device_put(tokens[:, :7], jax.NamedSharding(mesh, jax.P("data")))
+        on_mesh = generate(sharded, prompt, num_tokens=5, key=jax.random.key(0), temperature=0)
+        logits, _ = jax.jit(lambda model, tokens: model(tokens))(sharded, on_mesh)
+        assert jax.typeof(logits).sharding.spec[0] == "data"
+    np.testing.assert_array_equal(on_mesh, greedy(tokens[:, :7]))
+    likeliest = jnp.argmax(jax.device_get(logits), axis=-1)
+    np.testing.assert_array_equal(on_mesh[:, 7:], likeliest[:, 6:-1])
 
 
 def test_sampling_follows_the_key_and_the_options(model, forward, tokens):
