@@ -3,4 +3,10 @@
 from pallas_kernels.grouped_matmul import Implementation, grouped_matmul, grouped_weight_gradient
 from pallas_kernels.schedule import BlockSchedule, make_block_schedule
 
-__all__ = ["BlockSchedule", "Implementation", "grouped_matmul", "grouped_weight_gradient", "make_block_schedule"]
+__all__ = [
+    "BlockSchedule",
+    "Implementation",
+    "grouped_matmul",
+    "grouped_weight_gradient",
+    "make_block_schedule",
+]

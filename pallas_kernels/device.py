@@ -24,4 +24,7 @@ def has_hopper_gpu() -> bool:
 def num_sms() -> int:
     """Returns the number of streaming multiprocessors of the GPU that computations run on by default."""
     device = _device()
-    return device.num_cores if isinstance(device, jax.sharding.AbstractDevice) else device.core_count
+    count = device.num_cores if isinstance(device, jax.sharding.AbstractDevice) else device.core_count
+    if count is None:
+        raise ValueError(f"the device {device} does not say how many multiprocessors it has.")
+    return count

@@ -8,6 +8,7 @@ tile after tile.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
+
+from pallas_kernels.device import num_sms
 
 NUM_COMPUTE_WARPGROUPS = 2
 MEMORY_WARPGROUP = NUM_COMPUTE_WARPGROUPS
@@ -24,7 +27,7 @@ SWIZZLE_BYTES = 128
 TMA_ROWS = 8  # a window that TMA reads into a tile for wgmma starts at a multiple of this
 SHARED_MEMORY_BYTES = 232_448
 
-type Ref = jax.Ref
+type Ref = Any  # Pallas has no public type for a reference inside a kernel, whole or sliced
 type Scalar = Array | int
 
 
@@ -33,17 +36,18 @@ def swizzled_columns(dtype: jax.typing.DTypeLike) -> int:
     return SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
 
 
-def operand_tile(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> plgpu.SMEM:
+def operand_tile(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> pl.MemoryRef:
     """Describes shared memory for tiles that wgmma reads."""
-    return plgpu.SMEM(shape, dtype, transforms=_tiled(TMA_ROWS, dtype))
+    return plgpu.SMEM(shape, dtype, transforms=tiled(TMA_ROWS, dtype))
 
 
-def result_tile(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> plgpu.SMEM:
+def result_tile(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> pl.MemoryRef:
     """Describes shared memory for tiles of which any range of rows can be stored."""
-    return plgpu.SMEM(shape, dtype, transforms=_tiled(1, dtype))
+    return plgpu.SMEM(shape, dtype, transforms=tiled(1, dtype))
 
 
-def _tiled(rows: int, dtype: jax.typing.DTypeLike):
+def tiled(rows: int, dtype: jax.typing.DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """Describes tiles of so many rows, 128 bytes wide and swizzled."""
     return plgpu.TilingTransform((rows, swizzled_columns(dtype))), plgpu.SwizzleTransform(SWIZZLE_BYTES)
 
 
@@ -53,7 +57,7 @@ class Ring:
 
     Attributes:
         full: one barrier for each slot: its tiles have arrived.
-        empty: one barrier for each slot: every compute warpgroup (of every block of the cluster) is done with it.
+        empty: one barrier for each slot: every compute warpgroup is done with it.
         num_slots: the length of the ring.
     """
 
@@ -88,17 +92,6 @@ class Ring:
     def release(self, step: Array) -> None:
         """Compute warpgroup: hands the slot of `step` back."""
         plgpu.barrier_arrive(self.empty.at[self.slot(step)])
-
-
-    def skip(self, first_step: Array, num_steps: Scalar) -> None:
-        """Compute warpgroup: lets steps pass by unread."""
-
-        def pass_by(k, carry):
-            self.wait_for_data(first_step + k)
-            self.release(first_step + k)
-            return carry
-
-        lax.fori_loop(0, num_steps, pass_by, jnp.int32(0))
 
 
 def accumulate(
@@ -192,7 +185,7 @@ class FinishedTile:
         def store_piece(piece):
             @pl.when(self.pending & self._has_columns(piece, out))
             def store():
-                buffer, columns = self._stage(piece, buffers, out)
+                buffer, columns = self._stage(piece, buffers)
                 plgpu.copy_smem_to_gmem(buffer, out.at[self.matrix, pl.ds(self.row, WARPGROUP_ROWS), columns])
 
         return [functools.partial(store_piece, piece) for piece in range(self._num_pieces)]
@@ -204,12 +197,11 @@ class FinishedTile:
 
     def store_rows(self, begin: Array, end: Array, buffers: Ref, out: Ref) -> None:
         """Stores rows `begin : end` of the tile at once, if there are any."""
-
         for piece in range(self._num_pieces):
 
             @pl.when((end > begin) & self._has_columns(piece, out))
             def store(piece=piece):
-                buffer, columns = self._stage(piece, buffers, out)
+                buffer, columns = self._stage(piece, buffers)
                 # A TMA copy has a static height, so a part of the tile leaves as copies of 2^i rows for the ones
                 # among the binary digits of its height.
                 done = begin
@@ -235,8 +227,8 @@ class FinishedTile:
             return True
         return self.column + piece * swizzled_columns(self.values.dtype) < num_columns
 
-    def _stage(self, piece: int, buffers: Ref, out: Ref):
-        """Writes a piece to shared memory; returns where it is, and the columns of `out` that it belongs to."""
+    def _stage(self, piece: int, buffers: Ref) -> tuple[Ref, Any]:
+        """Writes a piece to shared memory; returns where it is, and the columns that it belongs to."""
         buffer, width = buffers.at[piece % 2], swizzled_columns(self.values.dtype)
         plgpu.wait_smem_to_gmem(1 if piece else 0, wait_read_only=True)
         buffer[...] = self.values[:, piece * width : (piece + 1) * width]
@@ -274,18 +266,13 @@ def pad_rows(x: Float[Array, "M N"]) -> Float[Array, "_ N"]:
     return jnp.pad(x, ((0, padding), (0, 0))) if padding else x
 
 
-def persistent_kernel(body: Callable, *, out_type, cluster: int, num_blocks: int, scratch_types: dict):
-    """Wraps a kernel body of three warpgroups ("wg") with one persistent block for each multiprocessor.
-
-    The grid's axes are "cluster", the index of the cluster, and "block", the index of the block in its cluster.
-    """
+def persistent_kernel(body: Callable, *, out_type: jax.ShapeDtypeStruct, scratch_types: dict) -> Callable:
+    """Wraps a kernel body of three warpgroups ("wg") with one persistent block ("sm") for each multiprocessor."""
     return plgpu.kernel(
         body,
         out_type=out_type,
-        grid=(num_blocks // cluster,),
-        grid_names=("cluster",),
-        cluster=(cluster,),
-        cluster_names=("block",),
+        grid=(num_sms(),),
+        grid_names=("sm",),
         num_threads=NUM_COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=scratch_types,
@@ -293,10 +280,11 @@ def persistent_kernel(body: Callable, *, out_type, cluster: int, num_blocks: int
     )
 
 
-def empty_barrier(cluster: int, num_slots: int):
-    """Describes the `empty` barriers of a ring whose slots the other blocks of a cluster may fill too."""
-    if cluster == 1:
-        return plgpu.Barrier(num_arrivals=NUM_COMPUTE_WARPGROUPS, num_barriers=num_slots)
-    return plgpu.ClusterBarrier(
-        collective_axes=("block",), num_arrivals=NUM_COMPUTE_WARPGROUPS, num_barriers=num_slots
-    )
+def own_tile(i: Scalar) -> Array:
+    """In a persistent kernel: returns the number of this block's i-th tile."""
+    return lax.axis_index("sm") + i * lax.axis_size("sm")
+
+
+def count_own_tiles(num_tiles: Scalar) -> Array:
+    """In a persistent kernel: returns how many of the first `num_tiles` tiles are this block's."""
+    return pl.cdiv(num_tiles - lax.axis_index("sm"), lax.axis_size("sm"))

@@ -29,6 +29,30 @@ class BlockSchedule:
     num_used: Int32[Array, ""]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TileSchedule:
+    """The blocks of every group times the column blocks of its result, in the order in which to visit them.
+
+    The row blocks of a group are cut into bands, as equal as can be, which are visited down their rows and then
+    across their columns: the tiles in work at a time then share both operands in the cache. The tiles after
+    `num_used` are padding and carry zero rows.
+
+    Attributes:
+        group: i32[tiles], as in `BlockSchedule`.
+        start: i32[tiles], as in `BlockSchedule`.
+        size: i32[tiles], as in `BlockSchedule`.
+        column_block: i32[tiles], the column block of each tile.
+        num_used: i32[], how many tiles have rows.
+    """
+
+    group: Int32[Array, " tiles"]
+    start: Int32[Array, " tiles"]
+    size: Int32[Array, " tiles"]
+    column_block: Int32[Array, " tiles"]
+    num_used: Int32[Array, ""]
+
+
 def group_bounds(group_sizes: Int[Array, " G"], num_rows: int) -> tuple[Int32[Array, " G"], Int32[Array, " G"]]:
     """Computes the first row of each group and the row after its last, with the groups laid end to end.
 
@@ -64,8 +88,9 @@ def make_block_schedule(
     matrices (arXiv 2211.15841, section 5.1).
 
     Args:
-        group_sizes: int[G], the rows of each group. Sizes that sum to more than `num_rows` are clipped there.
-        num_rows: the rows that there are, at least the sum of the sizes.
+        group_sizes: int[G], the rows of each group. Sizes that sum to more than `num_rows` are clipped there; a
+            negative size counts as 0.
+        num_rows: the rows that there are.
         block_rows: the most rows of a block.
         alignment: every block but the first of a group starts at a multiple of this; it divides `block_rows`.
             A kernel may then read whole aligned windows of `block_rows` rows from `start // alignment * alignment`.
@@ -84,6 +109,45 @@ def make_block_schedule(
         >>> schedule.group.tolist(), schedule.start.tolist(), schedule.size.tolist()
         ([0, 2, 2, 0], [0, 3, 7, 0], [3, 4, 1, 0])
     """
+    tiles = make_tile_schedule(
+        group_sizes,
+        num_rows=num_rows,
+        block_rows=block_rows,
+        alignment=alignment,
+        cover_remainder=cover_remainder,
+        column_blocks=1,
+        band_rows=1,
+    )
+    return BlockSchedule(tiles.group, tiles.start, tiles.size, tiles.num_used)
+
+
+def make_tile_schedule(
+    group_sizes: Int[Array, " G"],
+    *,
+    num_rows: int,
+    block_rows: int,
+    alignment: int = 1,
+    cover_remainder: bool = False,
+    column_blocks: int,
+    band_rows: int,
+) -> TileSchedule:
+    """Cuts the rows of every group into blocks, and orders these blocks times the column blocks of the result.
+
+    Args:
+        group_sizes: as in `make_block_schedule`, like all arguments up to `cover_remainder`.
+        num_rows: the rows that there are.
+        block_rows: the most rows of a tile.
+        alignment: what the first row of a tile that is not the first of its group is a multiple of.
+        cover_remainder: whether the rows past the last group get tiles too, as group G; they come last.
+        column_blocks: the number of column blocks.
+        band_rows: the most row blocks of a band.
+
+    Returns:
+        A `TileSchedule` of int32 arrays, `max_num_blocks * column_blocks` long.
+
+    Raises:
+        ValueError: as `make_block_schedule`.
+    """
     if group_sizes.ndim != 1 or not group_sizes.size or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(
             f"group_sizes is {group_sizes.dtype}{list(group_sizes.shape)}; it must be a vector of integers, [G]."
@@ -97,24 +161,28 @@ def make_block_schedule(
     if cover_remainder:
         start = jnp.concatenate([start, end[-1:]])
         end = jnp.concatenate([end, jnp.full((1,), num_rows, jnp.int32)])
-    num_slots = max_num_blocks(start.size, num_rows=num_rows, block_rows=block_rows, alignment=alignment)
-
     window = start // alignment * alignment
     num_blocks = jnp.where(end > start, -(-(end - window) // block_rows), 0)
-    last_block = jnp.cumsum(num_blocks, dtype=jnp.int32)
-    num_used = last_block[-1]
+    last_tile = jnp.cumsum(num_blocks, dtype=jnp.int32) * column_blocks
+    num_used = last_tile[-1]
 
-    slot = jnp.arange(num_slots, dtype=jnp.int32)
-    used = slot < num_used
-    group = jnp.searchsorted(last_block, slot, side="right", method="compare_all").astype(jnp.int32)
-    group = jnp.where(used, group, 0)
-    block_in_group = slot - (last_block - num_blocks)[group]
-    block_window = window[group] + block_in_group * block_rows
+    slots = max_num_blocks(start.size, num_rows=num_rows, block_rows=block_rows, alignment=alignment)
+    tile = jnp.arange(slots * column_blocks, dtype=jnp.int32)
+    used = tile < num_used
+    group = jnp.searchsorted(last_tile, tile, side="right", method="compare_all").astype(jnp.int32)
+    group = jnp.minimum(group, start.size - 1)
+    height = jnp.maximum(num_blocks[group], 1)
+    band_height = -(-height // -(-height // band_rows))
+    in_group = tile - (last_tile - num_blocks * column_blocks)[group]
+    band, in_band = in_group // (band_height * column_blocks), in_group % (band_height * column_blocks)
+    height_here = jnp.clip(height - band * band_height, 1, band_height)
+    block_window = window[group] + (band * band_height + in_band % height_here) * block_rows
     block_start = jnp.maximum(block_window, start[group])
     block_end = jnp.minimum(block_window + block_rows, end[group])
-    return BlockSchedule(
-        group=group,
+    return TileSchedule(
+        group=jnp.where(used, group, 0),
         start=jnp.where(used, block_start, 0),
         size=jnp.where(used, block_end - block_start, 0),
+        column_block=jnp.where(used, in_band // height_here, 0),
         num_used=num_used,
     )

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +61,8 @@ def grouped_matmul(
 
     `out[m] = lhs[m] @ rhs[g]` for every row m of group g. The groups lie end to end from row 0. Rows past the last
     group give zeros and get zero gradients, whatever memory there holds. Sums are taken in float32 (float64 for
-    float64 operands). Differentiable in reverse mode, to any order, in `lhs` and `rhs`; `jax.vmap` runs the batch in sequence.
-    A drop-in for `jax.lax.ragged_dot`.
+    float64 operands). Differentiable in reverse mode, to any order, in `lhs` and `rhs`; `jax.vmap` runs the batch in
+    sequence. A drop-in for `jax.lax.ragged_dot`.
 
     Args:
         lhs: [M, K], floating point.
@@ -200,11 +200,11 @@ _grouped_weight_gradient.defvjp(_grouped_weight_gradient_fwd, _grouped_weight_gr
 
 def _run(operation: Operation, options: _Options, first: Array, second: Array, group_sizes: Array) -> Array:
     """Runs one of the two operations on the backend that the options name, or the best that can run it here."""
-    static = dict(
-        precision=options.precision,
-        accumulator_dtype=jnp.promote_types(first.dtype, jnp.float32),
-        out_dtype=options.out_dtype,
-    )
+    static: dict[str, Any] = {
+        "precision": options.precision,
+        "accumulator_dtype": jnp.promote_types(first.dtype, jnp.float32),
+        "out_dtype": options.out_dtype,
+    }
     if operation == "grouped_matmul":
         static["transpose_rhs"] = options.transpose_rhs
         out_shape = (first.shape[0], second.shape[1 if options.transpose_rhs else 2])

@@ -19,7 +19,9 @@ def _block_rows(num_rows: int, num_groups: int) -> int:
     return min(num_rows, max(32, min(512, 1 << (quarter_group.bit_length() - 1))))
 
 
-def _window(start: Int32[Array, ""], size: Int32[Array, ""], height: int, num_rows: int) -> tuple[Array, Bool[Array, "_ 1"]]:
+def _window(
+    start: Int32[Array, ""], size: Int32[Array, ""], height: int, num_rows: int
+) -> tuple[Array, Bool[Array, "_ 1"]]:
     """The first of `height` rows that hold a block and lie inside the array, and which of them are the block's."""
     first = jnp.minimum(start, num_rows - height)
     row = first + jnp.arange(height)
