@@ -8,8 +8,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the machine: a thread pool as wide as the machine for each would only make them wait for
     # each other.
     os.environ["XLA_FLAGS"] += " --xla_cpu_multi_thread_eigen=false"
-# Mosaic GPU's interpreter runs each warpgroup as a task of XLA's thread pool, where it waits for the others. The
-# pool has a thread for each core unless this says otherwise; with fewer than warpgroups they would wait for ever.
+# Mosaic GPU's interpreter runs each warpgroup as a task of XLA's thread pool, where it waits for the others.
+# The pool has a thread for each core unless this says otherwise; with fewer than warpgroups they would wait
+# for ever.
 os.environ.setdefault("NPROC", "16")
 
 import jax

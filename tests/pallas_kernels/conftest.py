@@ -67,7 +67,7 @@ def relative_error():
 
 @pytest.fixture
 def h100():
-    """A context in which code is traced for an H100 of `num_sms` multiprocessors, whatever the machine has."""
+    """A context that traces for an H100 of `num_sms` multiprocessors, whatever the machine has."""
 
     def describe(num_sms=132):
         device = jax.sharding.AbstractDevice(

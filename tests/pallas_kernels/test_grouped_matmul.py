@@ -29,7 +29,7 @@ SIZES = [
 
 
 def forward_and_backward(implementation, transpose_rhs, dtype=None):
-    """Returns a compiled function of (lhs, rhs, group_sizes, out_grad): the product and the gradients of its operands."""
+    """A compiled function of (lhs, rhs, group_sizes, out_grad): the product, and the operands' gradients."""
 
     @jax.jit
     def run(lhs, rhs, group_sizes, out_grad):
@@ -47,12 +47,8 @@ def forward_and_backward(implementation, transpose_rhs, dtype=None):
 
 
 def operands(normal, m, k, n, g, dtype, transpose_rhs):
-    rhs_shape = (g, n, k) if transpose_rhs else (g, k, n)
-    return (
-        normal(m, k, dtype=dtype),
-        normal(*rhs_shape, dtype=dtype, seed=1),
-        normal(m, n, dtype=dtype, seed=2),
-    )
+    lhs, out_grad = normal(m, k, dtype=dtype), normal(m, n, dtype=dtype, seed=2)
+    return lhs, normal(g, *((n, k) if transpose_rhs else (k, n)), dtype=dtype, seed=1), out_grad
 
 
 def with_nan_past(array, sizes):
