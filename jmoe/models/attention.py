@@ -135,9 +135,7 @@ def causal_attention(
     mask = None
     if segment_ids is not None:
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, S, S]
-    attend = functools.partial(
-        jax.nn.dot_product_attention, mask=mask, is_causal=True, implementation=implementation
-    )
+    attend = functools.partial(jax.nn.dot_product_attention, mask=mask, is_causal=True, implementation=implementation)
     return attend(query, key, value) if implementation == "cudnn" else recompute(attend, query, key, value)
 
 
@@ -150,15 +148,12 @@ def attention_implementation(config: TransformerConfig) -> Literal["cudnn", "xla
     obstacles = {
         "the default backend is not an NVIDIA GPU": not _on_nvidia_gpu(),
         f"dtype is {config.dtype}, not bfloat16 or float16": config.dtype == "float32",
-        f"head_dim is {config.head_dim}, not a multiple of 8 up to 128": config.head_dim % 8
-        or config.head_dim > 128,
+        f"head_dim is {config.head_dim}, not a multiple of 8 up to 128": config.head_dim % 8 or config.head_dim > 128,
     }
     reasons = [reason for reason, holds in obstacles.items() if holds]
     match config.attention_implementation:
         case "cudnn" if reasons:
-            raise ValueError(
-                f"attention_implementation='cudnn' cannot run: {'; '.join(reasons)}. Use 'auto' or 'xla'."
-            )
+            raise ValueError(f"attention_implementation='cudnn' cannot run: {'; '.join(reasons)}. Use 'auto' or 'xla'.")
         case "xla":
             return "xla"
         case _:

@@ -72,6 +72,13 @@ class TransformerConfig:
         moe_implementation: `implementation` of every MoE layer: "mosaic_gpu", "xla", "reference", or "auto"
             for the best that can run.
         loss_chunk_size: Tokens whose logits over the vocabulary exist at one time in the loss.
+
+    Example:
+        >>> import dataclasses
+        >>> from jmoe.models import PRESETS
+        >>> config = dataclasses.replace(PRESETS["olmoe_1b_7b"], num_layers=4)
+        >>> config.num_parameters, config.num_active_parameters
+        (1884325888, 475039744)
     """
 
     vocab_size: int
@@ -137,9 +144,7 @@ class TransformerConfig:
             raise ValueError(f"top_k must be from 1 to num_experts = {self.num_experts}, got {self.top_k}")
         for kind, name in (("moe", "expert_hidden_dim"), ("dense", "hidden_dim")):
             if kind in self.layer_kinds and getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1 in a model with {kind} layers, got {getattr(self, name)}"
-                )
+                raise ValueError(f"{name} must be at least 1 in a model with {kind} layers, got {getattr(self, name)}")
 
     @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:
@@ -148,11 +153,7 @@ class TransformerConfig:
             return (LayerGroup(("dense",), self.num_layers),)
         unit: tuple[LayerKind, ...] = ("dense",) * (self.moe_every - 1) + ("moe",)
         groups = LayerGroup(unit, (self.num_layers - self.first_dense_layers) // self.moe_every)
-        return (
-            (LayerGroup(("dense",), self.first_dense_layers), groups)
-            if self.first_dense_layers
-            else (groups,)
-        )
+        return (LayerGroup(("dense",), self.first_dense_layers), groups) if self.first_dense_layers else (groups,)
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

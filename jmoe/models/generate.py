@@ -86,9 +86,7 @@ def _generate(
     num_tokens: int,
     **sampling: Any,
 ) -> Int[Array, "B total"]:
-    extend = functools.partial(
-        _extend, num_tokens=num_tokens, sample=functools.partial(sample_token, **sampling)
-    )
+    extend = functools.partial(_extend, num_tokens=num_tokens, sample=functools.partial(sample_token, **sampling))
     return with_auto_axes(extend, batch_spec(prompt))(model, prompt, prompt_lengths, key)
 
 
@@ -143,9 +141,7 @@ def sample_token(
     if top_p is not None:
         descending = -jnp.sort(-logits, axis=-1)  # [B, V]
         probability = jax.nn.softmax(descending, axis=-1)
-        likelier = (
-            jnp.cumsum(probability, axis=-1) - probability
-        )  # probability of all likelier tokens together
+        likelier = jnp.cumsum(probability, axis=-1) - probability  # probability of all likelier tokens together
         smallest_kept = jnp.min(descending, axis=-1, where=likelier < top_p, initial=jnp.inf, keepdims=True)
         logits = jnp.where(logits < smallest_kept, -jnp.inf, logits)
     return jax.random.categorical(key, logits, axis=-1)

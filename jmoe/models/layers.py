@@ -96,9 +96,7 @@ def vocabulary_matmul(hidden: Float[Array, "B S D"], embedding: Float[Array, "V 
     Its gradients multiply in the dtype of `hidden` too, where the derivative of a mixed-precision product
     would run in float32, and the gradient of the embedding is accumulated in the embedding's own dtype.
     """
-    return jnp.einsum(
-        "bsd,vd->bsv", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    return jnp.einsum("bsd,vd->bsv", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def _vocabulary_matmul_forward(hidden: Array, embedding: Array) -> tuple[Array, tuple[Array, Array]]:

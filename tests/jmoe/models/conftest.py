@@ -41,9 +41,7 @@ def new_model():
         abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
 
         def draw(path, x):
-            mean, deviation = (
-                (1.0, 0.1) if "scale" in jax.tree_util.keystr(path) else (0.0, x.shape[-1] ** -0.5)
-            )
+            mean, deviation = (1.0, 0.1) if "scale" in jax.tree_util.keystr(path) else (0.0, x.shape[-1] ** -0.5)
             return jnp.asarray(mean + deviation * rng.standard_normal(x.shape), x.dtype)
 
         return jax.tree_util.tree_map_with_path(draw, abstract)
@@ -60,9 +58,7 @@ def model(new_model, config):
 def forward(model):
     """Computes logits and aux of [2, 12] tokens: one program for every test that only looks at outputs."""
     compiled = nnx.jit(
-        lambda model, tokens, positions, segment_ids: model(
-            tokens, positions=positions, segment_ids=segment_ids
-        )
+        lambda model, tokens, positions, segment_ids: model(tokens, positions=positions, segment_ids=segment_ids)
     )
 
     def run(tokens, positions=None, segment_ids=None):

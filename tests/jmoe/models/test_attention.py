@@ -54,8 +54,6 @@ def test_cudnn_attention_is_what_xla_computes_forward_and_backward(packed):
         )
         return [out, *pull_back(out_grad)]
 
-    for cudnn, xla in zip(
-        jax.jit(run, static_argnums=0)("cudnn"), jax.jit(run, static_argnums=0)("xla"), strict=True
-    ):
+    for cudnn, xla in zip(jax.jit(run, static_argnums=0)("cudnn"), jax.jit(run, static_argnums=0)("xla"), strict=True):
         error = jnp.linalg.norm((cudnn - xla).astype(jnp.float32)) / jnp.linalg.norm(xla.astype(jnp.float32))
         assert error < 1e-2

@@ -66,9 +66,7 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave():
         return jnp.bincount(drawn, length=5) / len(drawn)
 
     def renormalized(kept, power=1.0):
-        return jnp.where(jnp.array(kept), probability**power, 0) / jnp.sum(
-            probability**power, where=jnp.array(kept)
-        )
+        return jnp.where(jnp.array(kept), probability**power, 0) / jnp.sum(probability**power, where=jnp.array(kept))
 
     everything = [True] * 5
     for actual, expected in [

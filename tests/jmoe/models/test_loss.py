@@ -43,11 +43,7 @@ def unrolled_loss(model, tokens, targets, mask, segment_ids):
     cross_entropy = jnp.sum(cross_entropy * mask) / jnp.sum(mask)
     load_balancing_loss = sum(aux.load_balancing_loss for aux in auxes) / len(auxes)
     router_z_loss = sum(aux.router_z_loss for aux in auxes) / len(auxes)
-    return (
-        cross_entropy
-        + config.load_balancing_coef * load_balancing_loss
-        + config.router_z_coef * router_z_loss
-    )
+    return cross_entropy + config.load_balancing_coef * load_balancing_loss + config.router_z_coef * router_z_loss
 
 
 @pytest.fixture(scope="module")

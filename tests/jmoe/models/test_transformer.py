@@ -123,9 +123,7 @@ def test_packed_documents_give_what_separate_ones_give(forward, tokens):
     )
     garbage = tokens[1]
     separate = jnp.stack([jnp.concatenate([first, garbage[:7]]), jnp.concatenate([second, garbage[7:]])])
-    separate_logits, separate_aux = forward(
-        separate, segment_ids=jnp.array([[1] * 5 + [0] * 7, [1] * 7 + [0] * 5])
-    )
+    separate_logits, separate_aux = forward(separate, segment_ids=jnp.array([[1] * 5 + [0] * 7, [1] * 7 + [0] * 5]))
     assert_close(packed_logits[0, :5], separate_logits[0, :5], 1e-6)
     assert_close(packed_logits[0, 5:], separate_logits[1, :7], 1e-6)
     # The routers saw the same twelve tokens, and no padding.
