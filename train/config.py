@@ -201,12 +201,12 @@ def preset(name: str) -> TrainConfig:
 # What a preset sets beyond the model: for the demo, what two CPU cores do in about three minutes.
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "tiny": {
-        "steps": 600,
+        "steps": 500,
         "batch_size": 16,
-        "sequence_length": 256,
+        "sequence_length": 128,
         "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=50, final_learning_rate=0.05),
-        "checkpoint": CheckpointConfig(every=200),
-        "evaluation": EvaluationConfig(every=100, num_batches=8),
+        "checkpoint": CheckpointConfig(every=100),
+        "evaluation": EvaluationConfig(every=100, num_batches=16),
     },
     "olmoe_1b_7b": {
         "batch_size": 128,
