@@ -1,0 +1,1 @@
+"""Programs that measure jmoe; `results/` has a JSON file for each run whose figures were kept."""
