@@ -117,7 +117,7 @@ def grouped_matmul(
             def multiply_step(acc, k, slot):
                 del k
                 b = b_s.at[slot]
-                plgpu.wgmma(acc, a_s.at[slot, own_rows], plgpu.transpose_ref(b, (1, 0)) if transpose_rhs else b)
+                plgpu.wgmma(acc, a_s.at[slot, own_rows], b.transpose((1, 0)) if transpose_rhs else b)
 
             def rows_to_store(start, size):
                 row = first_row_read(start) + rows_before

@@ -139,7 +139,7 @@ def grouped_weight_gradient(
                         plgpu.barrier_arrive(cleared)
                         plgpu.barrier_wait(cleared)
 
-                    plgpu.wgmma(acc, plgpu.transpose_ref(a_s.at[slot, :, own_rows], (1, 0)), b_s.at[slot])
+                    plgpu.wgmma(acc, a_s.at[slot, :, own_rows].transpose((1, 0)), b_s.at[slot])
 
                 acc = hopper.accumulate(
                     ring,
