@@ -35,8 +35,7 @@ def plain_probability(train, context, byte, order):
 def test_probabilities_follow_the_formula(order):
     train, text = words(12), words(4, seed=1) + b"unseen\xff"
     expected = [
-        plain_probability(train, text[max(0, i - order + 1) : i], text[i], min(order, i + 1))
-        for i in range(len(text))
+        plain_probability(train, text[max(0, i - order + 1) : i], text[i], min(order, i + 1)) for i in range(len(text))
     ]
     np.testing.assert_allclose(ngram_probabilities(train, text, order), expected, rtol=1e-12)
 

@@ -102,9 +102,7 @@ def test_half_a_surrogate_pair_in_json_becomes_a_question_mark(tmp_path):
 def test_a_bad_json_line_is_named(tmp_path, line):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "good"}\n' + line)
-    with pytest.raises(
-        ValueError, match=r'texts\.jsonl, line 2 must be a JSON object with a string field "text"'
-    ):
+    with pytest.raises(ValueError, match=r'texts\.jsonl, line 2 must be a JSON object with a string field "text"'):
         load_corpus([str(path)])
 
 
@@ -190,8 +188,7 @@ def test_shuffling_reorders_the_sequences_differently_in_each_epoch(documents):
 
 def test_a_seed_fixes_the_order_and_another_changes_it(documents):
     first, again, other = (
-        [batch["tokens"].tolist() for batch in itertools.islice(load(documents, seed=seed), 5)]
-        for seed in (1, 1, 2)
+        [batch["tokens"].tolist() for batch in itertools.islice(load(documents, seed=seed), 5)] for seed in (1, 1, 2)
     )
     assert first == again != other
 
@@ -223,9 +220,7 @@ def test_a_finite_loader_pads_its_last_batch_and_can_be_read_again(documents):
 
 def test_a_trained_tokenizer_feeds_the_loader(tmp_path, documents):
     tokenizer = train_tokenizer(documents, 280, str(tmp_path / "bpe.json"))
-    epoch = rows(
-        list(make_loader(documents, tokenizer, batch_size=2, sequence_length=8, shuffle=False, num_epochs=1))
-    )
+    epoch = rows(list(make_loader(documents, tokenizer, batch_size=2, sequence_length=8, shuffle=False, num_epochs=1)))
     targets = epoch["targets"][epoch["mask"]]
     texts = np.split(targets, np.flatnonzero(targets == tokenizer.end_of_text) + 1)
     assert [tokenizer.decode(text).encode() for text in texts[:-1]] == documents

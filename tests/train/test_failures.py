@@ -77,9 +77,7 @@ def test_a_damaged_checkpoint_is_one_line(finished_run, tmp_path, capsys):
 
 def test_a_run_folder_in_use_is_not_overwritten(finished_run, arguments, capsys):
     before = _fingerprint(finished_run)
-    assert f"continue it with --resume {finished_run}" in _one_line(
-        capsys, [*arguments, "--run-dir", finished_run]
-    )
+    assert f"continue it with --resume {finished_run}" in _one_line(capsys, [*arguments, "--run-dir", finished_run])
     assert _fingerprint(finished_run) == before
 
 

@@ -52,13 +52,9 @@ def test_what_is_written_is_read_back(tmp_path):
 
 def test_tensorboard_gets_scalars_and_histograms(tmp_path):
     writer = MetricsWriter(tmp_path)
-    writer.write(
-        5, {"loss": 2.5, "load": np.array([[1.0, 2.0], [3.0, 6.0]]), "broken": np.array([np.nan, 1])}
-    )
+    writer.write(5, {"loss": 2.5, "load": np.array([[1.0, 2.0], [3.0, 6.0]]), "broken": np.array([np.nan, 1])})
     writer.close()
-    values = {
-        value.tag: (event.step, value) for event in read_events(tmp_path) for value in event.summary.value
-    }
+    values = {value.tag: (event.step, value) for event in read_events(tmp_path) for value in event.summary.value}
     assert values.keys() == {"loss", "load"}
     assert (values["loss"][0], values["loss"][1].simple_value) == (5, 2.5)
     assert (values["load"][1].histo.num, values["load"][1].histo.sum) == (4, 12)

@@ -28,9 +28,7 @@ def test_each_schedule_warms_up_linearly_and_ends_where_it_says(schedule, expect
     config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, schedule=schedule, final_learning_rate=0.1)
     rate = make_schedule(config, 110)
     np.testing.assert_allclose([rate(step) for step in (0, 5)], [0.0, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(
-        [rate(step) for step in expected], [2 * share for share in expected.values()], rtol=1e-6
-    )
+    np.testing.assert_allclose([rate(step) for step in expected], [2 * share for share in expected.values()], rtol=1e-6)
 
 
 def test_a_warm_up_as_long_as_the_run_is_refused():

@@ -28,10 +28,7 @@ def falling_losses(run_dir):
     losses = 2 + 6 * np.exp(-np.arange(100) / 10)
     write(
         run_dir,
-        [
-            (s, {TRAIN_BITS_PER_BYTE: v, VALIDATION_BITS_PER_BYTE: v})
-            for s, v in zip(steps, losses, strict=True)
-        ],
+        [(s, {TRAIN_BITS_PER_BYTE: v, VALIDATION_BITS_PER_BYTE: v}) for s, v in zip(steps, losses, strict=True)],
     )
 
 
@@ -52,9 +49,7 @@ def test_losses_fall_in_the_picture_and_baselines_lie_where_they_should(tmp_path
 
 
 def test_baselines_are_optional_and_a_diverged_run_still_has_a_picture(tmp_path):
-    write(
-        tmp_path, [(s, {TRAIN_BITS_PER_BYTE: v}) for s, v in [(1, 8.0), (2, float("nan")), (3, float("inf"))]]
-    )
+    write(tmp_path, [(s, {TRAIN_BITS_PER_BYTE: v}) for s, v in [(1, 8.0), (2, float("nan")), (3, float("inf"))]])
     assert plot_losses(tmp_path).stat().st_size > 1000
 
 

@@ -58,9 +58,7 @@ def test_the_step_descends_the_cross_entropy_plus_the_weighted_router_losses():
     model = dataclasses.replace(MODEL, top_k=4, router_z_coef=0.25)
     batch = _batch([0, 0, 0, 0])
     gradient, metrics = _gradient(model, batch)
-    expected = (
-        metrics["cross_entropy"] + 0.5 * metrics["load_balancing_loss"] + 0.25 * metrics["router_z_loss"]
-    )
+    expected = metrics["cross_entropy"] + 0.5 * metrics["load_balancing_loss"] + 0.25 * metrics["router_z_loss"]
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
 
     # Along the router's part of the gradient, that sum changes as the gradient says.
