@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import grouped_matmul
 from benchmarks.grouped_matmul import measure, with_ratios
 from benchmarks.jax_matmuls import JaxMatmuls
 from benchmarks.matmuls import Candidate, Problem, draw_sample
@@ -17,58 +18,57 @@ OPERATIONS = {"forward", "transposed", "weight_gradient"}
 PROBLEM = Problem("test", 96, 64, 32, 4)
 
 
-def _run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "benchmarks.grouped_matmul", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def _candidate(result, *, error=0.0):
     return Candidate("forward", "pallas_kernels", lambda: (result, {}), lambda _: error, lambda _: None)
 
 
-def test_the_program_measures_every_operation_and_continues_its_file(tmp_path):
+def _fail(*_arguments, **_options):
+    raise AssertionError("this was to be skipped")
+
+
+def test_the_program_measures_every_operation_and_continues_its_file(tmp_path, monkeypatch, capsys):
     file = tmp_path / "results.json"
-    arguments = ("--only", "tiny", "--rounds", "2", "--out", file)
-
-    without_ragged_dot = _run(*arguments, "--time-limit", "0")
-    assert without_ragged_dot.returncode == 0, without_ragged_dot.stderr
-    assert "says nothing of a GPU's speed" in without_ragged_dot.stdout
-    first = json.loads(file.read_text())
-    assert first["hardware"]["platform"] == "cpu"
-    assert first["versions"]["jax"]
-    assert "Then 2 rounds" in first["method"]
-
-    resumed = _run(*arguments, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    arguments = ["--only", "tiny", "--rounds", "2", "--out", str(file)]
+    program = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "benchmarks.grouped_matmul", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert program.returncode == 0, program.stderr
+    assert "says nothing of a GPU's speed" in program.stdout
     content = json.loads(file.read_text())
-    assert content["records"][: len(first["records"])] == first["records"]
-    assert content["date"] == first["date"]
-    by_implementation = {}
+    assert content["hardware"]["platform"] == "cpu"
+    assert "Then 2 rounds" in content["method"]
+    operations = {}
     for record in content["records"]:
         assert "failure" not in record
         assert 0 < record["relative_error"] < 5e-3
         assert 0 < record["ms_min"] <= record["ms_median"] <= record["ms_max"]
         assert record["tflops"] == pytest.approx(2 * 256 * 64 * 128 / record["ms_median"] / 1e9)
-        by_implementation.setdefault(record["implementation"], set()).add(record["operation"])
+        operations.setdefault(record["implementation"], set()).add(record["operation"])
     ours = {"pallas_kernels", "jax_dense", "jax_batched", "jax_ragged_dot"}
-    assert by_implementation.items() >= dict.fromkeys(ours, OPERATIONS).items()
+    assert operations.items() >= dict.fromkeys(ours, OPERATIONS).items()
 
-    by_another_method = _run(*arguments[:2], "--rounds", "3", "--out", file, "--resume")
-    assert by_another_method.returncode == 2
-    assert "method" in by_another_method.stderr
+    monkeypatch.setattr(grouped_matmul, "measure", _fail)
+    assert grouped_matmul.main([*arguments, "--resume"]) == 0
+    assert json.loads(file.read_text()) == content
+    content["records"] = [record for record in content["records"] if record["implementation"] != "jax_ragged_dot"]
+    file.write_text(json.dumps(content))
+    assert grouped_matmul.main([*arguments, "--resume", "--time-limit", "0"]) == 0
+    assert "tiny: no jax.lax.ragged_dot" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        grouped_matmul.main([*arguments, "--rounds", "3", "--resume"])
+    assert "its method are not those of this run" in capsys.readouterr().err
     assert json.loads(file.read_text()) == content
 
 
-def test_an_unknown_problem_is_named():
-    result = _run("--only", "olmo")
-    assert result.returncode == 2
-    assert "'olmo'" in result.stderr
+def test_an_unknown_problem_is_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        grouped_matmul.main(["--only", "olmo"])
+    assert "there is no problem 'olmo'" in capsys.readouterr().err
 
 
 def test_ratios_compare_with_the_fastest_cublas_of_the_same_operation():
