@@ -70,9 +70,7 @@ def h100():
     """A context that traces for an H100 of `num_sms` multiprocessors, whatever the machine has."""
 
     def describe(num_sms=132):
-        device = jax.sharding.AbstractDevice(
-            device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=num_sms
-        )
+        device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=num_sms)
         return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
     return describe

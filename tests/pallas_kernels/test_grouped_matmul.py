@@ -177,22 +177,16 @@ def test_operands_of_different_dtypes_are_promoted_and_each_gets_a_gradient_of_i
 def test_half_precision_is_summed_in_float32(implementation):
     # In bfloat16 a sum of ones stops at 256, in float16 at 2048.
     lhs, rhs = jnp.ones((4, 5000), jnp.float16), jnp.ones((1, 5000, 1), jnp.float16)
-    np.testing.assert_array_equal(
-        grouped_matmul(lhs, rhs, jnp.array([4]), implementation=implementation), 5000
-    )
+    np.testing.assert_array_equal(grouped_matmul(lhs, rhs, jnp.array([4]), implementation=implementation), 5000)
     column = jnp.ones((5000, 1), jnp.bfloat16)
     gradient = grouped_weight_gradient(column, column, jnp.array([4992]), implementation=implementation)
     np.testing.assert_array_equal(gradient, 4992)
 
 
 def test_it_is_a_drop_in_for_ragged_dot(normal, relative_error):
-    ours, theirs = (
-        list(inspect.signature(f).parameters.values()) for f in (grouped_matmul, jax.lax.ragged_dot)
-    )
+    ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (grouped_matmul, jax.lax.ragged_dot))
     positional = [p for p in ours if p.kind == p.POSITIONAL_OR_KEYWORD]
-    assert [(p.name, p.default) for p in positional] == [
-        (p.name, p.default) for p in theirs[: len(positional)]
-    ]
+    assert [(p.name, p.default) for p in positional] == [(p.name, p.default) for p in theirs[: len(positional)]]
     lhs, rhs = normal(M, K, dtype=jnp.bfloat16), normal(3, K, N, dtype=jnp.bfloat16)
     sizes = jnp.array([30, 0, 47])
     for rest in ((), (jax.lax.Precision.HIGHEST,), ("highest", jnp.float32), (None, jnp.float32, None)):
@@ -245,9 +239,7 @@ def test_xla_makes_no_array_larger_than_operands_and_result(transpose_rhs, norma
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_the_weight_gradient_may_be_called_on_its_own(
-    implementation, normal, loop_weight_gradient, relative_error
-):
+def test_the_weight_gradient_may_be_called_on_its_own(implementation, normal, loop_weight_gradient, relative_error):
     lhs, out_grad = normal(M, K), normal(M, N, seed=1)
     run = jax.jit(functools.partial(grouped_weight_gradient, implementation=implementation))
     for sizes in SIZES:

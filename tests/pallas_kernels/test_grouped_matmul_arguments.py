@@ -106,9 +106,7 @@ def test_on_a_hopper_gpu_a_shape_that_does_not_fit_runs_on_xla_and_one_line_says
 
 
 @pytest.mark.parametrize(("k", "n", "dtype", "out_dtype", "reason"), UNSUPPORTED)
-def test_on_a_hopper_gpu_a_named_kernel_raises_for_a_shape_that_does_not_fit(
-    k, n, dtype, out_dtype, reason, h100
-):
+def test_on_a_hopper_gpu_a_named_kernel_raises_for_a_shape_that_does_not_fit(k, n, dtype, out_dtype, reason, h100):
     def run(lhs, rhs, sizes):
         return grouped_matmul(lhs, rhs, sizes, preferred_element_type=out_dtype, implementation="mosaic_gpu")
 
@@ -122,9 +120,7 @@ def test_on_a_hopper_gpu_a_named_kernel_raises_for_a_shape_that_does_not_fit(
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_a_named_portable_implementation_runs_on_a_hopper_gpu_too_and_logs_nothing(
-    implementation, h100, caplog
-):
+def test_a_named_portable_implementation_runs_on_a_hopper_gpu_too_and_logs_nothing(implementation, h100, caplog):
     shapes = (
         jax.ShapeDtypeStruct((256, 128), jnp.bfloat16),
         jax.ShapeDtypeStruct((4, 128, 128), jnp.bfloat16),

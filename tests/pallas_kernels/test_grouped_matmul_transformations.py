@@ -43,9 +43,7 @@ def test_gradients_match_finite_differences_and_second_ones_those_of_a_dense_for
         def loss(matmul, lhs, rhs):
             return jnp.sum(jnp.sin(matmul(lhs, rhs, sizes, transpose_rhs=transpose_rhs)))
 
-        ours = jax.jit(
-            functools.partial(loss, functools.partial(grouped_matmul, implementation=implementation))
-        )
+        ours = jax.jit(functools.partial(loss, functools.partial(grouped_matmul, implementation=implementation)))
         check_grads(ours, (lhs, rhs), order=1, modes=("rev",))
 
         def hessian_product(matmul):
@@ -66,21 +64,15 @@ def test_gradients_match_finite_differences_and_second_ones_those_of_a_dense_for
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gradients_of_the_weight_gradient_match_finite_differences_to_the_second_order(
-    implementation, normal
-):
+def test_gradients_of_the_weight_gradient_match_finite_differences_to_the_second_order(implementation, normal):
     with jax.enable_x64(True):
         sizes = jnp.array(SIZES)
 
         @jax.jit
         def loss(lhs, out_grad):
-            return jnp.sum(
-                jnp.sin(grouped_weight_gradient(lhs, out_grad, sizes, implementation=implementation))
-            )
+            return jnp.sum(jnp.sin(grouped_weight_gradient(lhs, out_grad, sizes, implementation=implementation)))
 
-        check_grads(
-            loss, (normal(M, K, dtype=jnp.float64), normal(M, N, dtype=jnp.float64)), order=2, modes=("rev",)
-        )
+        check_grads(loss, (normal(M, K, dtype=jnp.float64), normal(M, N, dtype=jnp.float64)), order=2, modes=("rev",))
 
 
 def gradients(lhs, rhs, group_sizes, implementation=None):
@@ -96,9 +88,7 @@ BATCHED_SIZES = jnp.array([[37, 0, 0], [1, 2, 3], [30, 30, 30], [0, 0, 36]])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    "axes", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0), (1, -1, 0)], ids=str
-)
+@pytest.mark.parametrize("axes", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0), (1, -1, 0)], ids=str)
 def test_vmap_over_any_operand_gives_each_elements_product_and_gradients(
     axes, implementation, operands, relative_error
 ):
@@ -112,9 +102,7 @@ def test_vmap_over_any_operand_gives_each_elements_product_and_gradients(
     def element(i):
         return [batch[0 if axis is None else i] for batch, axis in zip(batches, axes, strict=True)]
 
-    arguments = [
-        b[0] if axis is None else jnp.moveaxis(b, 0, axis) for b, axis in zip(batches, axes, strict=True)
-    ]
+    arguments = [b[0] if axis is None else jnp.moveaxis(b, 0, axis) for b, axis in zip(batches, axes, strict=True)]
     results = jax.jit(jax.vmap(both, in_axes=axes))(*arguments)
     single = jax.jit(both)
     for i in range(4):
@@ -186,8 +174,6 @@ def test_forward_mode_says_that_it_is_not_supported(implementation, operands, no
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(multiply, (lhs, rhs), (lhs, rhs))
     out_grad = normal(M, N)
-    gradient = functools.partial(
-        grouped_weight_gradient, group_sizes=jnp.array(SIZES), implementation=implementation
-    )
+    gradient = functools.partial(grouped_weight_gradient, group_sizes=jnp.array(SIZES), implementation=implementation)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(gradient, (lhs, out_grad), (lhs, out_grad))

@@ -9,6 +9,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_weight_gradient
 
 # The relative error of rounding the result; the products are exact and the sums short.
@@ -32,9 +33,7 @@ class Case:
 
     def run(self, h100, kernel, config, *arrays, **options):
         """Runs a kernel on an imagined H100, where memory that nothing has written holds NaN."""
-        nan_past_groups = [
-            a.at[sum(self.sizes) :].set(jnp.nan) if a.shape[0] == self.m else a for a in arrays
-        ]
+        nan_past_groups = [a.at[sum(self.sizes) :].set(jnp.nan) if a.shape[0] == self.m else a for a in arrays]
         try:
             params = plgpu.InterpretGPUParams(detect_races=self.detect_races)
             with h100(self.num_sms), plgpu.force_gpu_interpret_mode(params):
@@ -47,7 +46,10 @@ class Case:
                     config=config(**{"block_n": 128, "num_stages": 2} | self.config),
                     **options,
                 )
-                return np.asarray(out)
+                out = np.asarray(out)
+            # JAX 0.11 only prints the races that it finds.
+            assert not (self.detect_races and gpu_callbacks.get_races().races_found)
+            return out
         except Exception:
             gpu_callbacks.reset_gpu_interpret_mode_state()
             raise
@@ -83,6 +85,16 @@ def test_the_grouped_matmul_matches_a_loop(case, h100, normal, loop_matmul, rela
     expected = loop_matmul(lhs, rhs, case.sizes, transpose_rhs=case.transpose_rhs)
     assert relative_error(out, expected) < case.tolerance
     assert np.all(out[sum(case.sizes) :] == 0)
+
+
+def test_the_interpreter_sees_a_ring_that_is_filled_before_it_is_read(h100, normal, monkeypatch):
+    monkeypatch.setattr(hopper.Ring, "wait_for_room", lambda ring, step: None)
+    monkeypatch.setattr(hopper.Ring, "drain", lambda ring, num_steps: None)
+    monkeypatch.setattr(hopper.Ring, "release", lambda ring, step: None)
+    case = Case(128, 256, 64, [128], detect_races=True)
+    arrays = normal(128, 256, dtype=jnp.bfloat16), normal(1, 256, 64, dtype=jnp.bfloat16)
+    with pytest.raises((AssertionError, RuntimeError), match=r"RACE DETECTED|races_found"):
+        case.run(h100, mosaic_gpu.grouped_matmul, mosaic_gpu.Config, *arrays, transpose_rhs=False)
 
 
 def zero_rows(tile, first, last):
