@@ -35,9 +35,7 @@ class Checkpoints:
         read_only: Whether to only read: nothing is created or cleaned up, so a run may be training meanwhile.
     """
 
-    def __init__(
-        self, run_dir: Path | str, config: CheckpointConfig | None = None, *, read_only: bool = False
-    ):
+    def __init__(self, run_dir: Path | str, config: CheckpointConfig | None = None, *, read_only: bool = False):
         config = config or CheckpointConfig()
         self.directory = Path(run_dir).resolve() / CHECKPOINT_FOLDER
         keep = checkpoint_managers.AnyPreservationPolicy(
@@ -60,9 +58,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         with self._writable():
-            self._manager = ocp.CheckpointManager(
-                self.directory, options=options, handler_registry=_handlers()
-            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=_handlers())
 
     def save(
         self, step: int, state: TrainState, position: dict[str, Any], *, validation_loss: float | None = None

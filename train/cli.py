@@ -192,9 +192,7 @@ def _open(run_dir: Path, checkpoint: str) -> tuple[TrainConfig, nnx.GraphDef[Tra
                 step = int(checkpoint)
             case _:
                 steps = ", ".join(map(str, checkpoints.steps)) or "none"
-                raise UserError(
-                    f"checkpoint must be best, latest or a step that has one ({steps}), got {checkpoint!r}"
-                )
+                raise UserError(f"checkpoint must be best, latest or a step that has one ({steps}), got {checkpoint!r}")
         params = checkpoints.restore_params(step, shapes_of(lambda: init_params(config.model, 0)))
     return config, graph_of(config.model), params
 

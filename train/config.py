@@ -204,6 +204,7 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "steps": 560,
         "batch_size": 16,
         "sequence_length": 128,
+        "log_every": 2,
         "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=50, final_learning_rate=0.05),
         "checkpoint": CheckpointConfig(every=100),
         "evaluation": EvaluationConfig(every=100, num_batches=16),

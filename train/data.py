@@ -176,9 +176,7 @@ def _split(documents: list[tuple[str, bytes]], fraction: float) -> tuple[list[by
         text = documents[0][1].decode()
         cut = len(text) - max(1, round(fraction * len(text)))
         if cut == 0:
-            raise ValueError(
-                "data must hold more than one character, to train on some and validate on others"
-            )
+            raise ValueError("data must hold more than one character, to train on some and validate on others")
         return [text[:cut].encode()], [text[cut:].encode()]
     hashes = [_hash(name) for name, _ in documents]
     order = sorted(range(len(documents)), key=hashes.__getitem__)

@@ -49,9 +49,7 @@ def train_loader(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> g
     return grain.experimental.device_put(loader, jax.devices()[0])
 
 
-def validation_loader(
-    config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer
-) -> grain.IterDataset[DeviceBatch]:
+def validation_loader(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> grain.IterDataset[DeviceBatch]:
     """The validation documents once, shuffled: the first few batches are a fair sample."""
     loader = make_loader(
         corpus.validation,

@@ -99,9 +99,7 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, console: 
 
         def validate() -> Evaluation:
             recorder.flush()
-            evaluation = evaluate(
-                eval_step, state.params, itertools.islice(validation, config.evaluation.num_batches)
-            )
+            evaluation = evaluate(eval_step, state.params, itertools.islice(validation, config.evaluation.num_batches))
             recorder.validated(step, evaluation)
             return evaluation
 
@@ -129,9 +127,7 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, console: 
         writer.close()
         batches.close()
     if stop.signal and step < config.steps:
-        terminal.say(
-            f"Stopped by {stop.signal.name} after step {step}; continue with: jmoe-train --resume {run_dir}"
-        )
+        terminal.say(f"Stopped by {stop.signal.name} after step {step}; continue with: jmoe-train --resume {run_dir}")
         return stop.exit_code
     terminal.show(summarize(config, run_dir, corpus, tokenizer, graph, eval_step, state.params))
     return 0
@@ -170,9 +166,7 @@ class _Recorder:
         values: dict[str, Any] = {f"train/{name}": value for name, value in jax.device_get(metrics).items()}
         loss = float(values["train/loss"])
         if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {step}: lower optimizer.learning_rate or optimizer.clip_norm"
-            )
+            raise UserError(f"the loss is {loss} at step {step}: lower optimizer.learning_rate or optimizer.clip_norm")
         if not values[EXPERT_LOAD].size:
             del values[EXPERT_LOAD]  # A dense model has no experts.
         values[TRAIN_BITS_PER_BYTE] = values["train/cross_entropy"] / math.log(2) * self._tokens_per_byte

@@ -43,13 +43,9 @@ def plot_losses(run_dir: Path | str, baselines: Mapping[str, float] | None = Non
     axes.plot(steps, _smooth(losses), color=_TRAIN, linewidth=2, label="training (running mean)")
     if len(validation):
         label = f"validation ({validation[-1]:.2f} at the end)"
-        axes.plot(
-            validation_steps, validation, "o-", color=_VALIDATION, linewidth=2, markersize=4, label=label
-        )
+        axes.plot(validation_steps, validation, "o-", color=_VALIDATION, linewidth=2, markersize=4, label=label)
     for (name, value), style in zip(baselines.items(), itertools.cycle(_BASELINE_STYLES), strict=False):
-        axes.axhline(
-            value, color=_BASELINE, linestyle=style, linewidth=1.2, label=f"{name} ({value:.2f})", zorder=1
-        )
+        axes.axhline(value, color=_BASELINE, linestyle=style, linewidth=1.2, label=f"{name} ({value:.2f})", zorder=1)
 
     # The first steps fall from 8 bits: they leave the picture where they would flatten everything else.
     lines = list(baselines.values())

@@ -56,9 +56,7 @@ def graph_of(config: TransformerConfig) -> nnx.GraphDef[Transformer]:
 def shapes_of[T](make: Callable[[], T]) -> T:
     """Shapes and dtypes of the arrays that `make` would make, on this process's first device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), jax.eval_shape(make)
-    )
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), jax.eval_shape(make))
 
 
 def make_train_step(

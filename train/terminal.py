@@ -52,8 +52,7 @@ class Terminal:
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         self.say(f"Data: {corpus.description}")
         self.say(
-            f"Model: {num_parameters:,} parameters; computes in {config.model.dtype} "
-            f"on {jax.devices()[0].device_kind}"
+            f"Model: {num_parameters:,} parameters; computes in {config.model.dtype} on {jax.devices()[0].device_kind}"
         )
         self.say(f"Run folder: {run_dir}")
         self.say("Compiling the training step ...")
@@ -79,9 +78,7 @@ class Terminal:
         numbers = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
         self._progress.update(self._task, completed=step, numbers=numbers)
         now = time.monotonic()
-        if self._console.is_terminal or (
-            now - self._last_line < _PLAIN_LINE_SECONDS and step < self._num_steps
-        ):
+        if self._console.is_terminal or (now - self._last_line < _PLAIN_LINE_SECONDS and step < self._num_steps):
             return
         self._last_line = now
         seconds_per_step = (now - self._start) / (step - self._first_step)

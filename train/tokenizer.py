@@ -108,9 +108,7 @@ def load_tokenizer(path: str | None = None) -> Tokenizer:
     try:
         inner = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # The library raises bare Exception for every malformed file.
-        raise ValueError(
-            f"tokenizer {path} must be a JSON file of the tokenizers library: {error}"
-        ) from error
+        raise ValueError(f"tokenizer {path} must be a JSON file of the tokenizers library: {error}") from error
     return _FileTokenizer(inner, path)
 
 

@@ -79,7 +79,7 @@ def test_the_best_and_the_newest_checkpoints_are_kept(trained):
     run, _ = trained
     losses = {r["step"]: r["validation/loss"] for r in read_metrics(run) if "validation/loss" in r}
     kept = {int(path.name) for path in (run / "checkpoints").iterdir()}
-    assert kept == {8, 12, min(losses, key=losses.get)}
+    assert kept == {8, 12, min(losses, key=losses.__getitem__)}
 
 
 def test_eval_gives_what_the_summary_says(trained, capsys):
