@@ -134,11 +134,7 @@ def test_packed_documents_give_what_separate_ones_give(forward, tokens):
 
 def test_layers_draw_their_parameters_independently(config):
     config = dataclasses.replace(config, num_layers=2, first_dense_layers=0, moe_every=1)
-    # XLA takes long to optimize random bits for many small shapes.
-    create = jax.jit(
-        lambda key: Transformer(config, rngs=nnx.Rngs(key)),
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
+    create = jax.jit(lambda key: Transformer(config, rngs=nnx.Rngs(key)))
     model = create(jax.random.key(0))
     for path, stacked in nnx.to_flat_state(nnx.state(model.groups[0])):
         if path[-1] != "scale":
