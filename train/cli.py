@@ -46,13 +46,13 @@ class RunOptions:
     """What a run starts from.
 
     Attributes:
-        preset: Configuration to start from.
+        preset: Configuration to start from; tiny by default.
         config: YAML file with fields to set, such as the config.yaml of another run.
         run_dir: Folder of the run; runs/PRESET-TIME by default.
         resume: Folder of a run to continue at its newest checkpoint, with its own configuration.
     """
 
-    preset: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(PRESETS) + "}")] = "tiny"
+    preset: Annotated[str | None, tyro.conf.arg(metavar="{" + ",".join(PRESETS) + "}")] = None
     config: Path | None = None
     run_dir: Path | None = None
     resume: Path | None = None
@@ -126,11 +126,14 @@ def run_train(arguments: Sequence[str]) -> int:
     """Trains, as `jmoe-train` without a command does; returns the exit code."""
     options, _ = split(RunOptions, arguments)
     if options.resume:
+        if options.preset or options.run_dir:
+            raise UserError("--resume takes configuration and folder from the run: leave out --preset and --run-dir")
         config, run_dir = load_config(options.resume), options.resume
     else:
+        name = options.preset or "tiny"
         with user_errors():
-            config = preset(options.preset)
-        run_dir = options.run_dir or Path("runs", f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+            config = preset(name)
+        run_dir = options.run_dir or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if options.config:
         config = with_file(config, options.config)
     command = parse(TrainCommand, arguments, default=TrainCommand(fields=config), description=_DESCRIPTION)

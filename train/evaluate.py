@@ -1,9 +1,12 @@
 """How well the model predicts held-out text."""
 
+import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import grain
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int32
@@ -59,13 +62,18 @@ def make_eval_step(graph: nnx.GraphDef[Transformer]) -> EvalStep:
     return jax.jit(step)
 
 
-def evaluate(eval_step: EvalStep, params: Params, batches: Iterable[DeviceBatch]) -> Evaluation:
-    """Sums the cost of `batches`, in float64 on the host.
+def evaluate(
+    eval_step: EvalStep, params: Params, loader: grain.IterDataset[DeviceBatch], num_batches: int | None = None
+) -> Evaluation:
+    """Sums the cost of the batches of `loader`, in float64 on the host.
 
     Args:
         eval_step: From `make_eval_step`.
         params: Parameters of the model.
-        batches: At least one batch.
+        loader: Batches on the device.
+        num_batches: How many of them, from the first; all if None.
     """
-    nats, targets = zip(*jax.device_get([eval_step(params, batch) for batch in batches]), strict=True)
+    with contextlib.closing(iter(loader)) as batches:
+        costs = [eval_step(params, batch) for batch in itertools.islice(batches, num_batches)]
+    nats, targets = zip(*jax.device_get(costs), strict=True)
     return Evaluation(math.fsum(map(float, nats)), sum(map(int, targets)))

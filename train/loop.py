@@ -1,7 +1,6 @@
 """Training from the first step to the last: updates, metrics, evaluations, checkpoints, and stopping."""
 
 import contextlib
-import itertools
 import math
 import time
 from pathlib import Path
@@ -99,7 +98,7 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, console: 
 
         def validate() -> Evaluation:
             recorder.flush()
-            evaluation = evaluate(eval_step, state.params, itertools.islice(validation, config.evaluation.num_batches))
+            evaluation = evaluate(eval_step, state.params, validation, config.evaluation.num_batches)
             recorder.validated(step, evaluation)
             return evaluation
 
@@ -165,8 +164,7 @@ class _Recorder:
         (step, metrics), self._pending = self._pending, None
         values: dict[str, Any] = {f"train/{name}": value for name, value in jax.device_get(metrics).items()}
         loss = float(values["train/loss"])
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step}: lower optimizer.learning_rate or optimizer.clip_norm")
+        _require_finite(step, loss)
         if not values[EXPERT_LOAD].size:
             del values[EXPERT_LOAD]  # A dense model has no experts.
         values[TRAIN_BITS_PER_BYTE] = values["train/cross_entropy"] / math.log(2) * self._tokens_per_byte
@@ -176,6 +174,7 @@ class _Recorder:
 
     def validated(self, step: int, evaluation: Evaluation) -> None:
         """Writes the result of an evaluation after `step`."""
+        _require_finite(step, evaluation.loss)  # before the checkpoint that it judges is written
         bits = evaluation.bits_per_byte(evaluation.num_targets / self._tokens_per_byte)
         self._writer.write(step, {"validation/loss": evaluation.loss, VALIDATION_BITS_PER_BYTE: bits})
         self._terminal.say(f"step {step}: validation text at {bits:.3f} bits per byte")
@@ -184,3 +183,8 @@ class _Recorder:
     def _tokens_per_second(self, step: int) -> float:
         (last_step, last_time), self._mark = self._mark, (step, time.monotonic())
         return (step - last_step) * self._tokens_per_step / (self._mark[1] - last_time)
+
+
+def _require_finite(step: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} at step {step}: lower optimizer.learning_rate or optimizer.clip_norm")

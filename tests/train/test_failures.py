@@ -39,12 +39,24 @@ def _one_line(capsys, arguments):
         (["--data", "absent.txt"], "No such file or directory: absent.txt"),
         (["--config", "absent.yaml"], "No such file or directory: absent.yaml"),
         (["--tokenizer", "absent.json"], "No such file or directory: absent.json"),
-        (["--resume", "absent"], "absent is not a run folder: it has no config.yaml"),
+        (["--resume", "absent"], "--resume takes configuration and folder from the run"),
         (["--model.moe-implementation", "fastest"], "fastest"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(wrong, message, arguments, tmp_path, capsys):
     assert message in _one_line(capsys, [*arguments, "--run-dir", tmp_path / "run", *wrong])
+
+
+def test_a_folder_that_holds_no_run_cannot_be_resumed_or_read(tmp_path, capsys):
+    for command in (["--resume", tmp_path], ["eval", tmp_path], ["generate", tmp_path]):
+        assert f"{tmp_path} is not a run folder: it has no config.yaml" in _one_line(capsys, command)
+
+
+def test_a_loss_that_is_no_number_is_one_line_and_no_checkpoint(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    wild = ["--optimizer.name", "sgd", "--optimizer.learning-rate", "1e30", "--optimizer.clip-norm", "inf"]
+    assert "the loss is nan at step" in _one_line(capsys, [*arguments, "--log-every", "12", "--run-dir", run, *wild])
+    assert not list((run / "checkpoints").iterdir())
 
 
 def test_a_file_without_read_permission_is_one_line(arguments, tmp_path, capsys):

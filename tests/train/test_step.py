@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,7 +112,8 @@ def test_evaluation_sums_the_nats_of_counted_targets_over_batches():
     params = init_state(MODEL, optax.sgd(1.0), 0).params
     graph = graph_of(MODEL)
     batches = [_batch([0, 0, 0, 0]), _batch([3, 8, 0, 1])]
-    evaluation = evaluate(make_eval_step(graph), params, batches)
+    loader = grain.MapDataset.source(batches).to_iter_dataset()
+    evaluation = evaluate(make_eval_step(graph), params, loader)
     assert evaluation.num_targets == 32 + 20
     expected = 0.0
     for batch in batches:
