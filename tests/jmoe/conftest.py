@@ -50,16 +50,10 @@ class Problem:
 
     def numpy_moe(self):
         """Computes the same from the formulas, in float64."""
-        x, w_up, w_down, weight = (
-            np.asarray(a, np.float64) for a in (self.x, self.w_up, self.w_down, self.weight)
-        )
+        x, w_up, w_down, weight = (np.asarray(a, np.float64) for a in (self.x, self.w_up, self.w_down, self.weight))
         num_experts, hidden, features = w_down.shape
-        b_up = (
-            np.zeros((num_experts, w_up.shape[2])) if self.b_up is None else np.asarray(self.b_up, np.float64)
-        )
-        b_down = (
-            np.zeros((num_experts, features)) if self.b_down is None else np.asarray(self.b_down, np.float64)
-        )
+        b_up = np.zeros((num_experts, w_up.shape[2])) if self.b_up is None else np.asarray(self.b_up, np.float64)
+        b_down = np.zeros((num_experts, features)) if self.b_down is None else np.asarray(self.b_down, np.float64)
         activation, weight_on = self.options["activation"], self.options.get("weight_on", "output")
         y = np.zeros_like(x)
         for t, experts in enumerate(np.asarray(self.expert_index)):
@@ -68,11 +62,7 @@ class Problem:
                     continue
                 row = x[t] * weight[t, k] if weight_on == "input" else x[t]
                 h = row @ w_up[e] + b_up[e]
-                a = (
-                    GATES[activation](h[:hidden]) * h[hidden:]
-                    if activation in GATES
-                    else PLAIN[activation](h)
-                )
+                a = GATES[activation](h[:hidden]) * h[hidden:] if activation in GATES else PLAIN[activation](h)
                 v = a @ w_down[e] + b_down[e]
                 y[t] += weight[t, k] * v if weight_on == "output" else v
         return y

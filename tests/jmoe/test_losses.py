@@ -34,9 +34,7 @@ def test_times_k_it_is_hugging_faces_loss(logits):
     # transformers' load_balancing_loss_func: the one-hot masks' mean over tokens, by slot, times mean score.
     expert_mask = np.eye(6)[np.asarray(routing.expert_index)]  # [T, K, E]
     hugging_face = 6 * np.sum(expert_mask.mean(axis=0) * scores.mean(axis=0))
-    np.testing.assert_allclose(
-        3 * jmoe.load_balancing_loss(jax.nn.softmax(logits), routing), hugging_face, rtol=1e-6
-    )
+    np.testing.assert_allclose(3 * jmoe.load_balancing_loss(jax.nn.softmax(logits), routing), hugging_face, rtol=1e-6)
 
 
 def test_its_gradient_goes_through_the_scores_alone(logits):
@@ -72,13 +70,9 @@ def test_masked_tokens_enter_no_statistic_even_as_nan(logits):
 
 def test_flat_assignments_count_like_the_same_routing(logits):
     routing = jmoe.route_top_k(logits, 2)
-    flat = jmoe.Assignments(
-        jnp.repeat(jnp.arange(40), 2), routing.expert_index.ravel(), routing.weight.ravel()
-    )
+    flat = jmoe.Assignments(jnp.repeat(jnp.arange(40), 2), routing.expert_index.ravel(), routing.weight.ravel())
     mask = jnp.arange(40) % 3 > 0
-    np.testing.assert_array_equal(
-        jmoe.expert_load(flat, 6, mask=mask), jmoe.expert_load(routing, 6, mask=mask)
-    )
+    np.testing.assert_array_equal(jmoe.expert_load(flat, 6, mask=mask), jmoe.expert_load(routing, 6, mask=mask))
 
 
 def test_absent_assignments_do_not_count():

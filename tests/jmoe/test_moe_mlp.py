@@ -12,17 +12,14 @@ import jmoe
 
 CASES = [
     # tokens, experts, top_k, options
-    (1, 1, 1, {"activation": "swiglu"}),
+    (1, 1, 1, {"activation": "relu"}),
     (1, 8, 2, {"activation": "geglu", "bias": True}),
     (7, 2, 2, {"activation": "reglu", "weight_on": "input"}),
     (7, 8, 8, {"activation": "gelu", "bias": True, "weight_on": "input"}),
-    (7, 64, 1, {"activation": "swiglu", "bias": True}),
-    (128, 1, 1, {"activation": "relu"}),
-    (128, 8, 1, {"activation": "silu", "bias": True}),
+    (128, 64, 1, {"activation": "silu", "bias": True}),
     (128, 64, 64, {"activation": "swiglu", "features": 4, "hidden": 4}),
     (1000, 8, 2, {"activation": "swiglu", "bias": True}),
-    (1000, 64, 2, {"activation": "relu_squared", "weight_on": "input"}),
-    (1000, 2, 2, {"activation": "geglu"}),
+    (1000, 64, 2, {"activation": "relu_squared"}),
 ]
 
 
@@ -57,9 +54,8 @@ def test_float32_matches_the_formulas_forward_and_backward(
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "options"),
     [
-        (7, 2, 2, {"activation": "swiglu", "weight_on": "input", "bias": True}),
-        (128, 8, 2, {"activation": "swiglu", "bias": True}),
-        (1000, 64, 1, {"activation": "gelu"}),
+        (128, 8, 2, {"activation": "swiglu", "weight_on": "input", "bias": True}),
+        (1000, 64, 1, {"activation": "gelu", "bias": True}),
     ],
 )
 def test_bfloat16_matches_the_formulas_within_its_rounding(
@@ -80,9 +76,7 @@ def test_bfloat16_matches_the_formulas_within_its_rounding(
 @pytest.mark.parametrize("weight_on", ["output", "input"])
 def test_gradients_match_finite_differences_in_float64(weight_on, make_problem):
     with jax.enable_x64(True):
-        problem = make_problem(
-            5, 3, 2, features=3, hidden=4, bias=True, dtype=jnp.float64, weight_on=weight_on
-        )
+        problem = make_problem(5, 3, 2, features=3, hidden=4, bias=True, dtype=jnp.float64, weight_on=weight_on)
         dy = cotangent(problem)
         loss = jax.jit(lambda arrays: jnp.sum(problem.moe_mlp(**arrays) * dy))
         arrays = problem.differentiable
@@ -108,9 +102,7 @@ def test_all_tokens_on_one_expert_leaves_the_others_gradients_exactly_zero(make_
 
 
 @pytest.mark.parametrize(("flat", "weight_on"), [(False, "output"), (False, "input"), (True, "output")])
-def test_absent_assignments_leak_nothing_even_where_memory_holds_nan(
-    flat, weight_on, make_problem, relative_error
-):
+def test_absent_assignments_leak_nothing_even_where_memory_holds_nan(flat, weight_on, make_problem, relative_error):
     problem = make_problem(40, 4, 3, bias=True, weight_on=weight_on)
     rng = np.random.default_rng(3)
     absent = rng.random((40, 3)) < 0.3
@@ -161,7 +153,7 @@ def test_flat_assignments_give_what_the_same_routing_gives_in_any_order(make_pro
 
     dy = cotangent(problem)
     y, gradients = output_and_gradients(flat, problem.differentiable, dy)
-    expected_y, expected = output_and_gradients(problem.moe_mlp, problem.differentiable, dy)
+    expected_y, expected = output_and_gradients(problem.dense_moe, problem.differentiable, dy)
     assert relative_error(y, expected_y) < 2e-6
     for name in expected:
         assert relative_error(gradients[name], expected[name]) < 2e-6, name
@@ -169,13 +161,11 @@ def test_flat_assignments_give_what_the_same_routing_gives_in_any_order(make_pro
 
 def test_flat_assignments_allow_any_number_of_experts_for_a_token(relative_error):
     rng = np.random.default_rng(5)
-    x, w_up, w_down = (
-        jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 3), (2, 3, 8), (2, 4, 3))
-    )
+    x, w_up, w_down = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 3), (2, 3, 8), (2, 4, 3)))
     # Token 0 has three assignments, two of them to one expert; token 1 none; token 9 does not exist.
     tokens, experts = jnp.array([3, 0, 0, 9, 0, 2, -1]), jnp.array([1, 0, 1, 0, 0, 1, 1])
     weight = jnp.asarray(rng.random(7), jnp.float32)
-    y = jmoe.moe_mlp(x, w_up, w_down, jmoe.Assignments(tokens, experts, weight))
+    y = jax.jit(jmoe.moe_mlp)(x, w_up, w_down, jmoe.Assignments(tokens, experts, weight))
 
     def expert(t, e):
         h = x[t] @ w_up[e]
@@ -202,15 +192,12 @@ def test_only_x_and_the_pre_activations_are_kept_for_the_backward(activation, wi
         return jmoe.moe_mlp(x, w_up, w_down, routing, activation=activation, b_up=b_up, b_down=b_down)
 
     arguments = {**problem.differentiable, "x": x}
-    _, vjp = jax.vjp(layer, *arguments.values())
-    kept = jax.tree.leaves(vjp)
+    kept = jax.tree.leaves(jax.eval_shape(lambda *arrays: jax.vjp(layer, *arrays)[1], *arguments.values()))
     parameters = {(a.shape, a.dtype) for name, a in arguments.items() if name != "x"}
-    floats = [
-        a for a in kept if jnp.issubdtype(a.dtype, jnp.floating) and (a.shape, a.dtype) not in parameters
-    ]
+    floats = [a for a in kept if jnp.issubdtype(a.dtype, jnp.floating) and (a.shape, a.dtype) not in parameters]
     rows = problem.weight.size
     # 2*T*D + 4*R*F bytes for a gated MLP, 2*T*D + 2*R*F for a plain one.
-    assert sum(a.nbytes for a in floats) == 2 * 64 * 32 + 2 * width * rows * 16
+    assert sum(a.size * a.dtype.itemsize for a in floats) == 2 * 64 * 32 + 2 * width * rows * 16
     integers = [a for a in kept if jnp.issubdtype(a.dtype, jnp.integer)]
     assert sum(a.size for a in integers) <= 4 * rows + 8
 
@@ -344,7 +331,5 @@ def test_a_bad_argument_is_a_value_error_that_names_it(change, message, make_pro
 def test_a_routing_of_another_type_is_a_value_error(make_problem):
     problem = make_problem(4, 2, 1)
     routing: Any = (problem.expert_index, problem.weight)
-    with pytest.raises(
-        ValueError, match=r"routing is a tuple; it must be a jmoe.Routing or jmoe.Assignments"
-    ):
+    with pytest.raises(ValueError, match=r"routing is a tuple; it must be a jmoe.Routing or jmoe.Assignments"):
         jmoe.moe_mlp(problem.x, problem.w_up, problem.w_down, routing)

@@ -22,9 +22,7 @@ def logits():
 @pytest.mark.parametrize("score_order", ["before_top_k", "after_top_k"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_weights_follow_the_formulas(score, score_order, normalize, logits, relative_error):
-    routing = jmoe.route_top_k(
-        logits, 3, score=score, score_order=score_order, normalize=normalize, scale=2.5
-    )
+    routing = jmoe.route_top_k(logits, 3, score=score, score_order=score_order, normalize=normalize, scale=2.5)
     z = np.asarray(logits, np.float64)
     expected_index = np.argsort(-z, axis=1)[:, :3]
     chosen = np.take_along_axis(z, expected_index, axis=1)
@@ -43,9 +41,7 @@ def test_weights_follow_the_formulas(score, score_order, normalize, logits, rela
 
 def test_the_defaults_are_a_normalised_softmax_before_top_k(logits):
     routing = jmoe.route_top_k(logits, 2)
-    named = jmoe.route_top_k(
-        logits, 2, score="softmax", score_order="before_top_k", normalize=True, scale=1.0
-    )
+    named = jmoe.route_top_k(logits, 2, score="softmax", score_order="before_top_k", normalize=True, scale=1.0)
     jax.tree.map(np.testing.assert_array_equal, routing, named)
     np.testing.assert_allclose(routing.weight.sum(axis=1), 1, rtol=1e-6)
 
