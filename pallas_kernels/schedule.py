@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Int32
+from jaxtyping import Array, Int, Int32, Shaped
 
 
 @jax.tree_util.register_dataclass
@@ -43,13 +43,15 @@ class TileSchedule:
         start: i32[tiles], as in `BlockSchedule`.
         size: i32[tiles], as in `BlockSchedule`.
         column_block: i32[tiles], the column block of each tile.
-        num_used: i32[], how many tiles have rows.
+        num_of_groups: i32[], how many tiles hold rows of groups.
+        num_used: i32[], how many tiles have rows, those past the last group included.
     """
 
     group: Int32[Array, " tiles"]
     start: Int32[Array, " tiles"]
     size: Int32[Array, " tiles"]
     column_block: Int32[Array, " tiles"]
+    num_of_groups: Int32[Array, ""]
     num_used: Int32[Array, ""]
 
 
@@ -59,8 +61,17 @@ def group_bounds(group_sizes: Int[Array, " G"], num_rows: int) -> tuple[Int32[Ar
     Sizes that sum to more than `num_rows` are clipped there; a negative size counts as 0.
     """
     sizes = jnp.clip(group_sizes, 0, num_rows).astype(jnp.int32)
-    ends = jnp.minimum(jnp.cumsum(sizes, dtype=jnp.int32), num_rows)
+    # Integers wrap around where the sizes sum to 2^31 or more, which a float32 sum is sure to notice.
+    overflows = _running_sum(sizes.astype(jnp.float32)) > 2.0**30
+    ends = jnp.where(overflows, num_rows, jnp.minimum(_running_sum(sizes), num_rows))
     return jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]]), ends
+
+
+def _running_sum(x: Shaped[Array, " G"]) -> Shaped[Array, " G"]:
+    # Quadratic, but one fused kernel on a GPU, where `jnp.cumsum` is several: G is small, and a schedule is made
+    # before each matmul.
+    index = jnp.arange(x.size)
+    return jnp.sum(jnp.where(index <= index[:, None], x, 0), axis=1, dtype=x.dtype)
 
 
 def max_num_blocks(num_groups: int, *, num_rows: int, block_rows: int, alignment: int = 1) -> int:
@@ -100,8 +111,8 @@ def make_block_schedule(
         A `BlockSchedule` of int32 arrays.
 
     Raises:
-        ValueError: `group_sizes` is not a vector of integers with at least one element, `num_rows` is negative,
-            or `alignment` does not divide `block_rows`.
+        ValueError: `group_sizes` is not a vector of integers with at least one element, `num_rows` is
+            negative or above 2^30, or `alignment` does not divide `block_rows`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -152,8 +163,8 @@ def make_tile_schedule(
         raise ValueError(
             f"group_sizes is {group_sizes.dtype}{list(group_sizes.shape)}; it must be a vector of integers, [G]."
         )
-    if num_rows < 0:
-        raise ValueError(f"num_rows is {num_rows}; it must not be negative.")
+    if not 0 <= num_rows <= 2**30:
+        raise ValueError(f"num_rows is {num_rows}; it must be from 0 to 2^30.")
     if block_rows < 1 or alignment < 1 or block_rows % alignment:
         raise ValueError(f"block_rows is {block_rows}; it must be a positive multiple of alignment, {alignment}.")
 
@@ -163,7 +174,7 @@ def make_tile_schedule(
         end = jnp.concatenate([end, jnp.full((1,), num_rows, jnp.int32)])
     window = start // alignment * alignment
     num_blocks = jnp.where(end > start, -(-(end - window) // block_rows), 0)
-    last_tile = jnp.cumsum(num_blocks, dtype=jnp.int32) * column_blocks
+    last_tile = _running_sum(num_blocks) * column_blocks
     num_used = last_tile[-1]
 
     slots = max_num_blocks(start.size, num_rows=num_rows, block_rows=block_rows, alignment=alignment)
@@ -184,5 +195,6 @@ def make_tile_schedule(
         start=jnp.where(used, block_start, 0),
         size=jnp.where(used, block_end - block_start, 0),
         column_block=jnp.where(used, in_band // height_here, 0),
+        num_of_groups=last_tile[group_sizes.size - 1],
         num_used=num_used,
     )

@@ -51,7 +51,7 @@ def grouped_matmul(
     """Multiplies tiles of each group with wgmma, in float32."""
     del precision, accumulator_dtype  # products of 16-bit operands are exact, sums are in float32
     num_rows, k = lhs.shape
-    num_groups, n = rhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
+    n = rhs.shape[1 if transpose_rhs else 2]
     config = config or Config(block_n=hopper.block_columns(n))
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     k_steps = pl.cdiv(k, block_k)
@@ -64,8 +64,7 @@ def grouped_matmul(
         column_blocks=pl.cdiv(n, block_n),
         band_rows=config.band_rows,
     )
-    num_multiplied = jnp.sum((schedule.size > 0) & (schedule.group < num_groups), dtype=jnp.int32)
-    num_tiles = jnp.stack([num_multiplied, schedule.num_used])
+    num_tiles = jnp.stack([schedule.num_of_groups, schedule.num_used])
     # The four numbers of a tile lie side by side, in one sector of memory.
     tiles = jnp.stack([schedule.group, schedule.start, schedule.size, schedule.column_block], axis=1)
 
@@ -127,15 +126,18 @@ def grouped_matmul(
             def multiply_tile(i, carry):
                 (_, start, size, column_block), previous = carry
                 upcoming = tile_at(i + 1)  # long before it is needed, so that nothing waits for it
+                row, begin, end = rows_to_store(start, size)
+                # A warpgroup with no rows of a group's last tile leaves the tensor cores to the other one.
+                steps = jnp.where(end > begin, k_steps, 0)
+                ring.skip(i * k_steps, k_steps - steps)
                 acc = hopper.accumulate(
                     ring,
                     i * k_steps,
-                    k_steps,
+                    steps,
                     (hopper.WARPGROUP_ROWS, block_n),
                     multiply_step,
                     meanwhile=previous.pieces(buffers, out),
                 )
-                row, begin, end = rows_to_store(start, size)
                 whole = end - begin == hopper.WARPGROUP_ROWS
                 tile = hopper.FinishedTile(acc.astype(out.dtype), jnp.int32(0), row, column_block * block_n, whole)
                 tile.store_rows(begin, jnp.where(whole, begin, end), buffers, out)

@@ -181,7 +181,7 @@ def test_the_schedule_is_batched_by_vmap():
         (jnp.zeros((2, 2), int), {}, r"group_sizes is int32\[2, 2\]; it must be a vector of integers"),
         (jnp.zeros(2), {}, r"group_sizes is float32\[2\]"),
         (jnp.zeros(0, int), {}, r"group_sizes is int32\[0\]"),
-        (jnp.zeros(2, int), {"num_rows": -1}, "num_rows is -1; it must not be negative"),
+        (jnp.zeros(2, int), {"num_rows": -1}, "num_rows is -1; it must be from 0 to 2"),
         (jnp.zeros(2, int), {"block_rows": 0}, "block_rows is 0"),
         (
             jnp.zeros(2, int),
