@@ -22,6 +22,7 @@ from benchmarks.matmuls import TOLERANCE, Candidate, Operation, Problem
 from benchmarks.record import (
     Record,
     Results,
+    commit,
     describe_environment,
     describe_failure,
     make_console,
@@ -71,6 +72,7 @@ def measure(candidates: Sequence[Candidate], problem: Problem, *, rounds: int, s
         key = candidate.operation, candidate.implementation
         shape = {name: getattr(problem, name) for name in "MKNG"}
         records[key] = {"configuration": problem.name, **shape, "operation": key[0], "implementation": key[1]}
+        records[key]["commit"] = commit()
         try:
             run, facts = candidate.prepare()
             records[key] |= facts
@@ -201,11 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only: there is no problem {unknown[0]!r}; there are {', '.join(PROBLEMS)}")
 
     try:
-        torch = load_torch(platform)  # first, so that the environment names it
-        without_torch = None
+        torch, without_torch = load_torch(platform), None
     except Exception as failure:
         torch, without_torch = None, describe_failure(failure)
-    environment = describe_environment()
+    environment = describe_environment(torch)
     console = make_console(environment)
     if without_torch:
         console.print(f"Without PyTorch: {without_torch}")

@@ -2,13 +2,14 @@
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
 import platform
 import re
 import subprocess
-import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,18 @@ type Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 
 
-def describe_environment() -> Record:
-    """Describes the device that JAX computes on, and the software: torch too, if it has been imported."""
-    return {"hardware": _hardware(), "versions": _versions()}
+def describe_environment(torch: types.ModuleType | None = None) -> Record:
+    """Describes the device that JAX computes on, and the software: torch too, if it takes part."""
+    versions = _versions()
+    if torch:
+        versions |= {"torch": torch.__version__, "torch_cuda": torch.version.cuda}
+    return {"hardware": _hardware(), "versions": versions}
+
+
+@functools.cache
+def commit() -> str | None:
+    """Names the commit of the code that is measured, where git knows it; "-dirty" if files were changed since."""
+    return _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
 
 
 def default_path(program: str, hardware: Record) -> Path:
@@ -52,7 +62,7 @@ class Results:
             content = json.loads(path.read_text(encoding="utf-8"))
             if differing := [name for name in header if content.get(name) != header[name]]:
                 raise ValueError(
-                    f"{path} cannot be resumed: its {' and '.join(differing)} are not those of this run; "
+                    f"{path} cannot be resumed: it differs from this run in {' and '.join(differing)}; "
                     "choose another file with --out"
                 )
             self._content = content
@@ -140,9 +150,6 @@ def _versions() -> Record:
     versions |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     runtime = re.search(r"cuda (\d+)", jax.devices()[0].client.platform_version)
     versions["cuda"] = runtime and f"{int(runtime[1]) // 1000}.{int(runtime[1]) % 1000 // 10}"
-    if torch := sys.modules.get("torch"):
-        versions |= {"torch": torch.__version__, "torch_cuda": torch.version.cuda}
-    versions["commit"] = _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
     return versions
 
 

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.record import (
     Record,
+    commit,
     custom_calls,
     describe_environment,
     describe_failure,
@@ -135,7 +136,7 @@ def measure(setting: str, asked: Record, *, steps: int, seed: int) -> Record:
         seed: Of the parameters and tokens.
     """
     workload = dataclasses.replace(_ON_GPU if jax.default_backend() == "gpu" else _ELSEWHERE, **asked)
-    record: Record = {"setting": setting, **dataclasses.asdict(workload)}
+    record: Record = {"setting": setting, **dataclasses.asdict(workload), "commit": commit()}
     try:
         model, optimizer, schedule = SETTINGS[setting](workload)
         record |= {

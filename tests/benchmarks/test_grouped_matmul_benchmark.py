@@ -61,7 +61,7 @@ def test_the_program_measures_every_operation_and_continues_its_file(tmp_path, m
     assert "tiny: no jax.lax.ragged_dot" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         grouped_matmul.main([*arguments, "--rounds", "3", "--resume"])
-    assert "its method are not those of this run" in capsys.readouterr().err
+    assert "differs from this run in method" in capsys.readouterr().err
     assert json.loads(file.read_text()) == content
 
 

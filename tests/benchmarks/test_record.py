@@ -27,7 +27,7 @@ def test_results_of_another_machine_are_not_continued(tmp_path):
     Results(path, {"program": "p", "hardware": "a"}).replace([{"ms": 1.0}])
     assert Results(path, {"program": "p", "hardware": "a"}, resume=True).records == [{"ms": 1.0}]
     assert Results(path, {"program": "p", "hardware": "b"}).records == []
-    with pytest.raises(ValueError, match="its hardware are not those of this run; choose another file with --out"):
+    with pytest.raises(ValueError, match="differs from this run in hardware; choose another file with --out"):
         Results(path, {"program": "p", "hardware": "b"}, resume=True)
 
 
