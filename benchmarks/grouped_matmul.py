@@ -59,7 +59,8 @@ matmuls are off for them); on others what the framework has.
 relative_error: of a sample of rows or groups, against float32 products, before anything is timed.
 All is compiled and warmed up first. Then {rounds} rounds, in each of which every implementation of every
 operation has one turn, in random order: 30 ms of rest, one untimed call, and as many calls as fill about 15 ms,
-timed together. jax_ragged_dot has rounds of its own, after all others. ms_median, ms_min and ms_max are of one
+timed together. jax_ragged_dot has rounds of its own, after all others, and the share of the memory that JAX takes
+by default. ms_median, ms_min and ms_max are of one
 call, over the rounds; spread is (ms_max - ms_min) / ms_median. ratio: the least ms_median of dense and batched of
 the same operation, through JAX or PyTorch, divided by this ms_median. Seed {seed}."""
 
@@ -175,7 +176,7 @@ def show(records: Sequence[Record], title: str, console: Console) -> None:
         names = (*(group if group != last else ("", "")), record["implementation"])
         last = group
         if "failure" in record:
-            table.add_row(*names, "-", "", "", "", record["failure"][:60])
+            table.add_row(*names, "-")
             continue
         table.add_row(
             *names,
@@ -186,6 +187,10 @@ def show(records: Sequence[Record], title: str, console: Console) -> None:
             f"{record['relative_error']:.1e}",
         )
     console.print(table)
+    for record in records:
+        if "failure" in record:
+            names = record["configuration"], record["operation"], record["implementation"]
+            console.print(f"{' '.join(names)}: {record['failure']}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

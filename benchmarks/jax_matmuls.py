@@ -170,7 +170,8 @@ def _check_memory(compiled: jax.stages.Compiled) -> None:
     free = stats["bytes_limit"] - stats["bytes_in_use"]
     if asked > free:
         raise MemoryError(
-            f"XLA asks for {asked / 2**30:.1f} GiB beside the operands, and {free / 2**30:.1f} GiB are free"
+            f"XLA asks for {asked / 2**30:.1f} GiB beside the operands, and {free / 2**30:.1f} GiB are free of the "
+            f"{stats['bytes_limit'] / 2**30:.1f} GiB that JAX may use"
         )
 
 
