@@ -25,10 +25,8 @@ PROBLEMS = [  # M, K, N, sizes
 ]
 # The relative error of rounding the result; in float32, of sums in another order.
 TOLERANCE = {jnp.bfloat16: 4e-3, jnp.float16: 5e-4, jnp.float32: 1e-5}
-DTYPES = [
-    (jnp.bfloat16, jnp.bfloat16),
-    (jnp.bfloat16, jnp.float32),
-    (jnp.float16, jnp.float16),
+CASES = [(*problem, jnp.bfloat16, jnp.bfloat16) for problem in PROBLEMS] + [
+    (*PROBLEMS[0], *dtypes) for dtypes in ((jnp.bfloat16, jnp.float32), (jnp.float16, jnp.float16))
 ]
 mosaic_matmul = functools.partial(grouped_matmul, implementation="mosaic_gpu")
 mosaic_weight_gradient = functools.partial(grouped_weight_gradient, implementation="mosaic_gpu")
@@ -59,9 +57,8 @@ def nan_past(array, sizes):
     return array.at[rows:].set(jnp.nan), rows
 
 
-@pytest.mark.parametrize(("dtype", "out_dtype"), DTYPES)
 @pytest.mark.parametrize("transpose_rhs", [False, True])
-@pytest.mark.parametrize(("m", "k", "n", "sizes"), PROBLEMS)
+@pytest.mark.parametrize(("m", "k", "n", "sizes", "dtype", "out_dtype"), CASES)
 def test_the_product_matches_the_reference_with_nan_past_the_groups(
     m, k, n, sizes, transpose_rhs, dtype, out_dtype, relative_error
 ):
@@ -75,8 +72,7 @@ def test_the_product_matches_the_reference_with_nan_past_the_groups(
     assert not jnp.any(out[rows:])
 
 
-@pytest.mark.parametrize(("dtype", "out_dtype"), DTYPES)
-@pytest.mark.parametrize(("m", "k", "n", "sizes"), PROBLEMS)
+@pytest.mark.parametrize(("m", "k", "n", "sizes", "dtype", "out_dtype"), CASES)
 def test_the_weight_gradient_matches_the_reference_with_nan_past_the_groups(
     m, k, n, sizes, dtype, out_dtype, relative_error
 ):
@@ -173,6 +169,6 @@ def test_expert_mlps_run_on_the_kernels_forward_and_backward(activation, relativ
     assert not jnp.any(results[3][3])
 
 
-def test_a_layer_without_a_named_implementation_runs_on_the_kernels():
+def test_the_kernel_is_chosen_where_no_implementation_is_named():
     lhs, rhs, sizes = matmul_operands(256, 64, 64, [100, 156], jnp.bfloat16)
     assert "mosaic_gpu" in jax.jit(grouped_matmul).lower(lhs, rhs, sizes).as_text()

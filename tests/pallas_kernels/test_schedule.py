@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import make_block_schedule
+from pallas_kernels.schedule import make_tile_schedule
 
 # (groups, rows, options): few, since each is compiled once; the sizes are data.
 TABLES = [
@@ -26,8 +27,8 @@ TABLES = [
 
 
 @functools.cache
-def compiled(num_rows, **options):
-    return jax.jit(functools.partial(make_block_schedule, num_rows=num_rows, **options))
+def compiled(num_rows, make=make_block_schedule, **options):
+    return jax.jit(functools.partial(make, num_rows=num_rows, **options))
 
 
 def plain_schedule(sizes, num_rows, block_rows, alignment=1, cover_remainder=False):
@@ -117,6 +118,33 @@ def test_aligned_windows_of_block_rows_rows_contain_the_blocks(problem):
         previous = group
 
 
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(problems())
+def test_tiles_are_the_blocks_times_the_columns_in_bands_of_each_group(problem):
+    sizes, num_rows, options = problem
+    column_blocks, band_rows = 2, 3
+    blocks = plain_schedule(sizes, num_rows, **options)
+    expected = []
+    for group in range(len(sizes) + 1):
+        of_group = [block for block in blocks if block[0] == group]
+        num_bands = -(-len(of_group) // band_rows)
+        height = -(-len(of_group) // num_bands) if num_bands else 1
+        for first in range(0, len(of_group), height):
+            band = of_group[first : first + height]
+            expected += [(*block, column) for column in range(column_blocks) for block in band]
+        if group == len(sizes) - 1:
+            num_of_groups = len(expected)
+
+    make = compiled(num_rows, make_tile_schedule, column_blocks=column_blocks, band_rows=band_rows, **options)
+    schedule = make(jnp.array(sizes, jnp.int32))
+    tiles = [
+        (*block, column) for block, column in zip(blocks_of(schedule), schedule.column_block.tolist(), strict=True)
+    ]
+    assert tiles[: len(expected)] == expected
+    assert (schedule.num_of_groups, schedule.num_used) == (num_of_groups, len(expected))
+    assert not schedule.size[len(expected) :].any()
+
+
 @pytest.mark.parametrize("num_groups", [1, 2, 7, 64])
 @pytest.mark.parametrize("num_rows", [0, 1, 64, 65, 1000])
 def test_the_number_of_slots_is_the_static_bound(num_groups, num_rows):
@@ -145,11 +173,10 @@ def test_groups_that_waste_the_most_rows_of_blocks_fit_into_the_slots(num_groups
 @pytest.mark.usefixtures("without_annotation_checks")
 def test_the_schedule_is_a_pytree_of_int32_arrays_whatever_the_integers_of_the_sizes():
     for dtype in (jnp.int32, jnp.uint32, jnp.int8, jnp.uint8, jnp.int16):
-        sizes = jnp.array([3, 0, 5], dtype)
-        # 300 rows do not fit into eight bits.
+        sizes = jnp.array([100, 0, 27], dtype)  # 300 rows do not fit into eight bits
         schedule = compiled(300, block_rows=4, cover_remainder=True)(sizes)
         assert {leaf.dtype for leaf in jax.tree.leaves(schedule)} == {jnp.dtype(jnp.int32)}
-        expected = plain_schedule([3, 0, 5], 300, 4, cover_remainder=True)
+        expected = plain_schedule([100, 0, 27], 300, 4, cover_remainder=True)
         assert blocks_of(schedule)[: len(expected)] == expected, dtype
 
 
@@ -181,6 +208,7 @@ def test_the_schedule_is_batched_by_vmap():
         (jnp.zeros((2, 2), int), {}, r"group_sizes is int32\[2, 2\]; it must be a vector of integers"),
         (jnp.zeros(2), {}, r"group_sizes is float32\[2\]"),
         (jnp.zeros(0, int), {}, r"group_sizes is int32\[0\]"),
+        (jnp.zeros(2, int), {"num_rows": 2**30 + 1}, "num_rows is 1073741825; it must be from 0 to"),
         (jnp.zeros(2, int), {"num_rows": -1}, "num_rows is -1; it must be from 0 to 2"),
         (jnp.zeros(2, int), {"block_rows": 0}, "block_rows is 0"),
         (
