@@ -89,16 +89,6 @@ class Ring:
         """Compute warpgroup: waits until the tiles of `step` have arrived."""
         plgpu.barrier_wait(self.full.at[self.slot(step)])
 
-    def skip(self, first_step: Array, num_steps: Scalar) -> None:
-        """Compute warpgroup: lets the tiles of some steps pass by unread."""
-
-        def pass_by(k, carry):
-            self.wait_for_data(first_step + k)
-            self.release(first_step + k)
-            return carry
-
-        lax.fori_loop(0, num_steps, pass_by, jnp.int32(0))
-
     def release(self, step: Array) -> None:
         """Compute warpgroup: hands the slot of `step` back."""
         plgpu.barrier_arrive(self.empty.at[self.slot(step)])

@@ -126,18 +126,15 @@ def grouped_matmul(
             def multiply_tile(i, carry):
                 (_, start, size, column_block), previous = carry
                 upcoming = tile_at(i + 1)  # long before it is needed, so that nothing waits for it
-                row, begin, end = rows_to_store(start, size)
-                # A warpgroup with no rows of a group's last tile leaves the tensor cores to the other one.
-                steps = jnp.where(end > begin, k_steps, 0)
-                ring.skip(i * k_steps, k_steps - steps)
                 acc = hopper.accumulate(
                     ring,
                     i * k_steps,
-                    steps,
+                    k_steps,
                     (hopper.WARPGROUP_ROWS, block_n),
                     multiply_step,
                     meanwhile=previous.pieces(buffers, out),
                 )
+                row, begin, end = rows_to_store(start, size)
                 whole = end - begin == hopper.WARPGROUP_ROWS
                 tile = hopper.FinishedTile(acc.astype(out.dtype), jnp.int32(0), row, column_block * block_n, whole)
                 tile.store_rows(begin, jnp.where(whole, begin, end), buffers, out)
