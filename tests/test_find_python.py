@@ -34,9 +34,7 @@ def find(tmp_path):
             program.write_text(text)
             program.chmod(0o755)
         environment = {"HOME": str(home), "PATH": str(path), "LOG": str(tmp_path / "log")}
-        result = subprocess.run(
-            ["/bin/sh", SCRIPT], env=environment, capture_output=True, text=True, check=False
-        )
+        result = subprocess.run(["/bin/sh", SCRIPT], env=environment, capture_output=True, text=True, check=False)
         found = Path(result.stdout.strip())
         for parent in (path, home):
             if found.is_relative_to(parent):
@@ -48,8 +46,7 @@ def find(tmp_path):
 
 def test_the_newest_working_interpreter_on_path_comes_first(find):
     assert (
-        find({"python3.14": BROKEN, "python3.13": WORKING, "python3.12": WORKING, "python3": WORKING})
-        == "python3.13"
+        find({"python3.14": BROKEN, "python3.13": WORKING, "python3.12": WORKING, "python3": WORKING}) == "python3.13"
     )
 
 
@@ -80,9 +77,7 @@ esac
 
 
 def test_without_any_interpreter_one_line_says_what_to_install(find):
-    result = find(
-        {"python3.12": BROKEN, "python3": OLD, ".pyenv/versions/3.12.1/bin/python": BROKEN, "uv": BROKEN}
-    )
+    result = find({"python3.12": BROKEN, "python3": OLD, ".pyenv/versions/3.12.1/bin/python": BROKEN, "uv": BROKEN})
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
@@ -91,7 +86,5 @@ def test_without_any_interpreter_one_line_says_what_to_install(find):
 
 def test_the_interpreter_found_here_starts():
     result = subprocess.run(["/bin/sh", SCRIPT], env=os.environ, capture_output=True, text=True, check=True)
-    version = subprocess.check_output(
-        [result.stdout.strip(), "-c", "import sys; print(sys.version_info[:2])"]
-    )
+    version = subprocess.check_output([result.stdout.strip(), "-c", "import sys; print(sys.version_info[:2])"])
     assert version >= b"(3, 12)"
