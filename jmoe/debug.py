@@ -50,9 +50,7 @@ def refuse_mesh() -> None:
     `checkify` fails on a `jax.shard_map` under `jax.set_mesh` (JAX 0.11 and 0.12).
     """
     if _enabled.value:
-        raise ValueError(
-            "debug_checks() is on and a mesh is set; run the checks on one device, without a mesh."
-        )
+        raise ValueError("debug_checks() is on and a mesh is set; run the checks on one device, without a mesh.")
 
 
 def check(ok: Bool[Array, "..."], message: str, **values: Any) -> None:

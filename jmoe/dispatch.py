@@ -94,9 +94,7 @@ def make_dispatch(routing: Routing | Assignments, num_experts: int) -> Dispatch:
 def check_routing(routing: Routing | Assignments) -> None:
     """Raises a ValueError where the arrays of a routing do not fit each other."""
     if not isinstance(routing, Routing | Assignments):
-        raise ValueError(
-            f"routing is a {type(routing).__name__}; it must be a jmoe.Routing or jmoe.Assignments."
-        )
+        raise ValueError(f"routing is a {type(routing).__name__}; it must be a jmoe.Routing or jmoe.Assignments.")
     layout = "[T, K]" if isinstance(routing, Routing) else "[R]"
     rank = 2 if isinstance(routing, Routing) else 1
     for field in dataclasses.fields(routing):

@@ -116,9 +116,7 @@ def _hidden_slice(parameters: ExpertParameters, *, gated: bool, axes: tuple[str,
     )
 
 
-def _dense_mlp(
-    x: Float[Array, "T D"], parameters: ExpertParameters, activation: Activation
-) -> Float[Array, "T D"]:
+def _dense_mlp(x: Float[Array, "T D"], parameters: ExpertParameters, activation: Activation) -> Float[Array, "T D"]:
     w_up, w_down, b_up, b_down = jax.tree.map(lambda parameter: parameter.astype(x.dtype), parameters)
     h = x @ w_up if b_up is None else x @ w_up + b_up
     y = activate(activation, h) @ w_down

@@ -101,9 +101,7 @@ class _Options:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _moe_mlp(
-    options: _Options, x: Array, parameters: ExpertParameters, weight: Array, dispatch: Dispatch
-) -> Array:
+def _moe_mlp(options: _Options, x: Array, parameters: ExpertParameters, weight: Array, dispatch: Dispatch) -> Array:
     y, _ = _forward(options, x, parameters, weight, dispatch)
     return y
 
@@ -256,11 +254,7 @@ def _check_arguments(x, parameters, routing, activation, weight_on):
 
 
 def _check_array(name, array, layout, sizes, remedy=""):
-    fits = array.ndim == len(layout) and all(
-        sizes.get(d, s) == s for d, s in zip(layout, array.shape, strict=True)
-    )
+    fits = array.ndim == len(layout) and all(sizes.get(d, s) == s for d, s in zip(layout, array.shape, strict=True))
     if not fits or not jnp.issubdtype(array.dtype, jnp.floating):
         expected = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in layout)
-        raise ValueError(
-            f"{name} is {array.dtype}{list(array.shape)}; it must be floating-point [{expected}]{remedy}."
-        )
+        raise ValueError(f"{name} is {array.dtype}{list(array.shape)}; it must be floating-point [{expected}]{remedy}.")

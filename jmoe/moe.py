@@ -126,9 +126,7 @@ class MoE(nnx.Module):
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be at least 1.")
         if shared_hidden_features < 0:
-            raise ValueError(
-                f"shared_hidden_features is {shared_hidden_features}; it must be 0 (none) or more."
-            )
+            raise ValueError(f"shared_hidden_features is {shared_hidden_features}; it must be 0 (none) or more.")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}; it must be between 1 and num_experts, {num_experts}.")
         self.features = features
@@ -273,8 +271,7 @@ class MoE(nnx.Module):
     def _aux(
         self, logits: Float[Array, "T E"], routing: Routing, mask: Bool[Array, " T"] | None, axes: ShardAxes
     ) -> MoEAux:
-        # A loss that compares experts needs scores that sum to 1 (DeepSeek-V3, arXiv 2412.19437, equation
-        # 19).
+        # The loss needs scores that sum to 1 (for sigmoids: DeepSeek-V3, arXiv 2412.19437, equation 19).
         scores = jax.nn.softmax(logits if self.score == "softmax" else jax.nn.log_sigmoid(logits))
         num_tokens = jnp.asarray(logits.shape[0]) if mask is None else mask.sum()
         num_present = is_present(routing.expert_index, self.num_experts).sum()
@@ -291,23 +288,17 @@ class MoE(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         experts = mesh_axes("expert", mesh)
         hidden = tuple(axis for axis in mesh_axes("expert_hidden", mesh) if axis not in experts)
-        for names, sizes in (
-            (experts, {"num_experts": self.num_experts}),
-            (
-                hidden,
-                {
-                    "hidden_features": self.hidden_features,
-                    "shared_hidden_features": self.shared_hidden_features,
-                },
-            ),
+        for argument, axes in (
+            ("num_experts", experts),
+            ("hidden_features", hidden),
+            ("shared_hidden_features", hidden),
         ):
-            shards = math.prod(mesh.shape[name] for name in names)
-            for argument, size in sizes.items():
-                if size % shards:
-                    raise ValueError(
-                        f"{argument} is {size}; it must be a multiple of {shards}, the size of the mesh axis "
-                        f"{' x '.join(names)}."
-                    )
+            size, shards = getattr(self, argument), math.prod(mesh.shape[axis] for axis in axes)
+            if size % shards:
+                raise ValueError(
+                    f"{argument} is {size}; it must be a multiple of {shards}, the size of the mesh axis "
+                    f"{' x '.join(axes)}."
+                )
         return ShardAxes(tuple(axis for entry in tokens for axis in as_axes(entry)), experts, hidden)
 
     def _check_input(self, x: Array, mask: Array | None) -> None:
@@ -317,8 +308,7 @@ class MoE(nnx.Module):
             )
         if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != jnp.bool_):
             raise ValueError(
-                f"mask is {mask.dtype}{list(mask.shape)}; it must be bool{list(x.shape[:-1])}: one for "
-                "each token of x."
+                f"mask is {mask.dtype}{list(mask.shape)}; it must be bool{list(x.shape[:-1])}: one for each token of x."
             )
 
 
@@ -338,7 +328,7 @@ class _Parameters(NamedTuple):
     shared: Any
 
 
+@jax.checkpoint  # or a float32 copy of x would be kept for the backward
 def _router_logits(x: Float[Array, "T D"], kernel: Float[Array, "D E"]) -> Float[Array, "T E"]:
-    # A product of mixed dtypes, because a float32 copy of x would be kept for the backward.
     dtype = jnp.promote_types(jnp.result_type(x, kernel), jnp.float32)
-    return lax.dot(x, kernel, precision="highest", preferred_element_type=dtype)
+    return jnp.dot(x.astype(dtype), kernel.astype(dtype), precision="highest")

@@ -167,9 +167,7 @@ def shardable_axes(mesh: Mesh) -> set[str]:
 
 
 def _axes_of_type(mesh: Mesh, *types: AxisType) -> set[str]:
-    return {
-        name for name, axis_type in zip(mesh.axis_names, mesh.axis_types, strict=True) if axis_type in types
-    }
+    return {name for name, axis_type in zip(mesh.axis_names, mesh.axis_types, strict=True) if axis_type in types}
 
 
 def _dividing(wanted: Sequence[str], used: set[str], size: int, mesh: Mesh) -> tuple[str, ...]:
@@ -183,9 +181,7 @@ def _dividing(wanted: Sequence[str], used: set[str], size: int, mesh: Mesh) -> t
 
 
 def _only(spec: PartitionSpec, axes: set[str]) -> PartitionSpec:
-    return PartitionSpec(
-        *(_as_entry(tuple(axis for axis in as_axes(entry) if axis in axes)) for entry in spec)
-    )
+    return PartitionSpec(*(_as_entry(tuple(axis for axis in as_axes(entry) if axis in axes)) for entry in spec))
 
 
 def as_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
