@@ -54,7 +54,6 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, console: 
         graph = graph_of(config.model)
         schedule = make_schedule(config.optimizer, config.steps)
         optimizer = make_optimizer(config.optimizer, config.steps)
-    batches = iter(train_loader(config, corpus, tokenizer))
     validation = validation_loader(config, corpus, tokenizer)
     eval_step = make_eval_step(graph)
 
@@ -64,6 +63,7 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, console: 
     with (
         named_os_errors(run_dir),
         contextlib.closing(Checkpoints(run_dir, config.checkpoint)) as checkpoints,
+        contextlib.closing(iter(train_loader(config, corpus, tokenizer))) as batches,
     ):
         if checkpoints.steps and not resume:
             raise UserError(
@@ -87,44 +87,39 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, console: 
             train_step = make_train_step(graph, optimizer, schedule, config.accumulation_steps)
             train_step = train_step.lower(state, batch).compile()
 
-        writer = MetricsWriter(run_dir)
-        recorder = _Recorder(
-            writer,
-            terminal,
-            first_step=first_step,
-            tokens_per_step=config.batch_size * config.sequence_length,
-            tokens_per_byte=tokens_per_byte(corpus.validation, tokenizer),
-        )
-
-        def validate() -> Evaluation:
-            recorder.flush()
-            evaluation = evaluate(eval_step, state.params, validation, config.evaluation.num_batches)
-            recorder.validated(step, evaluation)
-            return evaluation
-
-        def save(evaluation: Evaluation | None) -> None:
-            # Records first: beside a checkpoint lie the records of all its steps, whenever the process dies.
-            recorder.flush()
-            writer.flush()
-            loss = None if evaluation is None else evaluation.loss
-            checkpoints.save(step, state, batches.get_state(), validation_loss=loss)
-
         step = first_step
-        with StopRequest() as stop, terminal.progress(first_step):
+        with (
+            contextlib.closing(MetricsWriter(run_dir)) as writer,
+            StopRequest() as stop,
+            terminal.progress(first_step),
+        ):
+            recorder = _Recorder(
+                writer,
+                terminal,
+                first_step=first_step,
+                tokens_per_step=config.batch_size * config.sequence_length,
+                tokens_per_byte=tokens_per_byte(corpus.validation, tokenizer),
+            )
             for step in range(first_step + 1, config.steps + 1):
                 state, metrics = train_step(state, next(batches))
                 is_last = step == config.steps
                 if is_last or step % config.log_every == 0:
                     recorder.add(step, metrics)
                 saves = is_last or step % config.checkpoint.every == 0
-                evaluation = validate() if saves or step % config.evaluation.every == 0 else None
+                evaluation = None
+                if saves or step % config.evaluation.every == 0:
+                    recorder.flush()
+                    evaluation = evaluate(eval_step, state.params, validation, config.evaluation.num_batches)
+                    recorder.validated(step, evaluation)
                 if saves or stop.signal:
-                    save(evaluation)
+                    # Records first: beside a checkpoint lie the records of all its steps, whenever the process dies.
+                    recorder.flush()
+                    writer.flush()
+                    loss = None if evaluation is None else evaluation.loss
+                    checkpoints.save(step, state, batches.get_state(), validation_loss=loss)
                 if stop.signal:
                     break
             checkpoints.wait()
-        writer.close()
-        batches.close()
     if stop.signal and step < config.steps:
         terminal.say(f"Stopped by {stop.signal.name} after step {step}; continue with: jmoe-train --resume {run_dir}")
         return stop.exit_code

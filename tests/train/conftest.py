@@ -1,11 +1,15 @@
 """What the tests of whole runs share: a small corpus, and the command line of a run that takes seconds."""
 
+import contextlib
+import io
 import os
 import random
 import subprocess
 import sys
 
 import pytest
+
+from train.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +35,17 @@ def arguments(corpus_folder):
         *("--optimizer.warmup-steps", "2", "--checkpoint.every", "4", "--evaluation.every", "4"),
         *("--evaluation.num-batches", "2", "--evaluation.sample-tokens", "8"),
     ]
+
+
+@pytest.fixture(scope="session")
+def finished(arguments, tmp_path_factory):
+    """The folder of a finished run, to read only, and what the run printed; a file sets its seed and steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "settings.yaml").write_text("seed: 3\nsteps: 99\n")
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        code = main([*arguments, "--config", str(folder / "settings.yaml"), "--run-dir", str(folder / "run")])
+    assert code == 0
+    return folder / "run", output.getvalue()
 
 
 @pytest.fixture

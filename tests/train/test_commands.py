@@ -1,7 +1,5 @@
 """A run from the command line to its folder, and the commands that read that folder."""
 
-import contextlib
-import io
 import json
 import re
 
@@ -16,19 +14,8 @@ from train.metrics import read_metrics
 from train.tokenizer import ByteTokenizer, train_tokenizer
 
 
-@pytest.fixture(scope="module")
-def trained(arguments, tmp_path_factory):
-    """The folder of a finished run, whose settings come from a file, and what it printed."""
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "settings.yaml").write_text("seed: 3\nsteps: 99\n")
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        code = main([*arguments, "--config", str(folder / "settings.yaml"), "--run-dir", str(folder / "run")])
-    assert code == 0
-    return folder / "run", output.getvalue()
-
-
-def test_a_run_leaves_its_configuration_metrics_checkpoints_plots_and_summary(trained):
-    run, _ = trained
+def test_a_run_leaves_its_configuration_metrics_checkpoints_plots_and_summary(finished):
+    run, _ = finished
     config = load_config(run)
     assert (config.seed, config.steps) == (3, 12)
     assert {path.name for path in run.iterdir()} == {
@@ -38,8 +25,8 @@ def test_a_run_leaves_its_configuration_metrics_checkpoints_plots_and_summary(tr
     assert list((run / "tensorboard").iterdir())
 
 
-def test_metrics_hold_every_step_once_and_every_evaluation(trained):
-    run, _ = trained
+def test_metrics_hold_every_step_once_and_every_evaluation(finished):
+    run, _ = finished
     records = read_metrics(run)
     training = [record for record in records if "train/loss" in record]
     assert [record["step"] for record in training] == list(range(1, 13))
@@ -58,8 +45,8 @@ def test_metrics_hold_every_step_once_and_every_evaluation(trained):
     assert training[-1]["train/bits_per_byte"] < training[0]["train/bits_per_byte"]
 
 
-def test_the_summary_compares_the_model_with_simple_predictors_shows_a_sample_and_names_the_plots(trained):
-    run, output = trained
+def test_the_summary_compares_the_model_with_simple_predictors_shows_a_sample_and_names_the_plots(finished):
+    run, output = finished
     summary = json.loads((run / "summary.json").read_text())
     assert list(summary["baselines"]) == ["bigram", "interpolated 4-gram", "xz"]
     assert re.search(rf"this model\W+{summary['bits_per_byte']:.3f}", output)
@@ -69,28 +56,28 @@ def test_the_summary_compares_the_model_with_simple_predictors_shows_a_sample_an
     assert f"Expert load: {run}/plots/expert_load.png" in output
 
 
-def test_without_a_terminal_progress_is_plain_lines(trained):
-    _, output = trained
+def test_without_a_terminal_progress_is_plain_lines(finished):
+    _, output = finished
     assert re.search(r"^step 12/12  loss \d\.\d+  [\d,]+ tokens/s  0:00:00 left$", output, re.MULTILINE)
     assert "\x1b" not in output
 
 
-def test_the_best_and_the_newest_checkpoints_are_kept(trained):
-    run, _ = trained
+def test_the_best_and_the_newest_checkpoints_are_kept(finished):
+    run, _ = finished
     losses = {r["step"]: r["validation/loss"] for r in read_metrics(run) if "validation/loss" in r}
     kept = {int(path.name) for path in (run / "checkpoints").iterdir()}
     assert kept == {8, 12, min(losses, key=losses.__getitem__)}
 
 
-def test_eval_gives_what_the_summary_says(trained, capsys):
-    run, _ = trained
+def test_eval_gives_what_the_summary_says(finished, capsys):
+    run, _ = finished
     assert main(["eval", str(run), "--checkpoint", "latest"]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert f"{summary['bits_per_byte']:.3f}" in capsys.readouterr().out
 
 
-def test_generate_continues_the_prompt_the_same_way_for_the_same_seed(trained, capsys):
-    run, _ = trained
+def test_generate_continues_the_prompt_the_same_way_for_the_same_seed(finished, capsys):
+    run, _ = finished
     texts = []
     for seed in ("0", "0", "1"):
         assert main(["generate", str(run), "--prompt", "abc", "--num-tokens", "20", "--seed", seed]) == 0
@@ -107,8 +94,8 @@ def test_generate_continues_the_prompt_the_same_way_for_the_same_seed(trained, c
         (["--num-tokens", "8", "--temperature", "-1"], "temperature must not be negative, got -1.0"),
     ],
 )
-def test_a_mistake_in_a_generate_command_is_one_line(command, message, trained, capsys):
-    run, _ = trained
+def test_a_mistake_in_a_generate_command_is_one_line(command, message, finished, capsys):
+    run, _ = finished
     assert main(["generate", str(run), *command]) == 2
     err = capsys.readouterr().err
     assert message in err

@@ -11,13 +11,6 @@ import pytest
 from train.cli import main
 
 
-@pytest.fixture(scope="module")
-def finished_run(arguments, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "finished"
-    assert main([*arguments, "--run-dir", str(run)]) == 0
-    return run
-
-
 def _one_line(capsys, arguments):
     assert main([str(argument) for argument in arguments]) == 2
     err = capsys.readouterr().err
@@ -69,28 +62,30 @@ def test_a_file_without_read_permission_is_one_line(arguments, tmp_path, capsys)
     assert "Permission denied" in err
 
 
-def test_a_checkpoint_of_another_shape_is_one_line_and_stays_as_it_was(finished_run, capsys):
-    before = _fingerprint(finished_run)
-    err = _one_line(capsys, ["--resume", finished_run, "--model.embed-dim", "32"])
+def test_a_checkpoint_of_another_shape_is_one_line_and_stays_as_it_was(finished, capsys):
+    run, _ = finished
+    before = _fingerprint(run)
+    err = _one_line(capsys, ["--resume", run, "--model.embed-dim", "32"])
     assert "params embedding.embedding is [258, 16] there and [258, 32] here" in err
-    err = _one_line(capsys, ["--resume", finished_run, "--optimizer.name", "lion"])
+    err = _one_line(capsys, ["--resume", run, "--optimizer.name", "lion"])
     assert "has another shape than this run: optimizer opt_state" in err
-    assert _fingerprint(finished_run) == before
+    assert _fingerprint(run) == before
 
 
-def test_a_damaged_checkpoint_is_one_line(finished_run, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_one_line(finished, tmp_path, capsys):
     run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
+    shutil.copytree(finished[0], run)
     for path in (run / "checkpoints" / "12" / "params").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
     assert "checkpoint" in _one_line(capsys, ["generate", run, "--checkpoint", "latest"])
 
 
-def test_a_run_folder_in_use_is_not_overwritten(finished_run, arguments, capsys):
-    before = _fingerprint(finished_run)
-    assert f"continue it with --resume {finished_run}" in _one_line(capsys, [*arguments, "--run-dir", finished_run])
-    assert _fingerprint(finished_run) == before
+def test_a_run_folder_in_use_is_not_overwritten(finished, arguments, capsys):
+    run, _ = finished
+    before = _fingerprint(run)
+    assert f"continue it with --resume {run}" in _one_line(capsys, [*arguments, "--run-dir", run])
+    assert _fingerprint(run) == before
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,7 @@ def test_a_run_killed_before_its_first_checkpoint_and_during_a_save_ends_bit_for
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_says_how_to_continue_and_the_run_then_ends_like_one_left_alone(
-    number, exit_code, arguments, start, tmp_path
-):
+def test_a_signal_saves_the_step_under_way_and_says_how_to_continue(number, exit_code, arguments, start, tmp_path):
     arguments = [*arguments, "--steps", "400", "--log-every", "1", "--checkpoint.every", "400"]
     arguments = [*arguments, "--evaluation.every", "400"]
     run = tmp_path / "run"
@@ -67,7 +65,6 @@ def test_a_signal_saves_says_how_to_continue_and_the_run_then_ends_like_one_left
         f"Stopped by {number.name} after step {step}; continue with: jmoe-train --resume {run}"
     )
     assert [record["step"] for record in read_metrics(run)] == list(range(1, step + 1))
-    # One more step continues at the next batch: `steps` only cuts the run short, as the rate is constant.
     process = start("--resume", run, "--steps", step + 1)
     _, err = process.communicate()
     assert process.returncode == 0, err
