@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -189,7 +190,13 @@ def test_it_is_a_drop_in_for_ragged_dot(normal, relative_error):
     assert [(p.name, p.default) for p in positional] == [(p.name, p.default) for p in theirs[: len(positional)]]
     lhs, rhs = normal(M, K, dtype=jnp.bfloat16), normal(3, K, N, dtype=jnp.bfloat16)
     sizes = jnp.array([30, 0, 47])
-    for rest in ((), (jax.lax.Precision.HIGHEST,), ("highest", jnp.float32), (None, jnp.float32, None)):
+    arguments: list[tuple[Any, ...]] = [
+        (),
+        (jax.lax.Precision.HIGHEST,),
+        ("highest", jnp.float32),
+        (None, jnp.float32, None),
+    ]
+    for rest in arguments:
         expected = jax.lax.ragged_dot(lhs, rhs, sizes, *rest)
         out = grouped_matmul(lhs, rhs, sizes, *rest)
         assert out.dtype == expected.dtype

@@ -1,6 +1,7 @@
 """The Hopper kernels in Pallas's interpreter of Mosaic GPU: barriers, copies and warpgroups as on a GPU."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ class Case:
     n: int
     sizes: list[int]
     transpose_rhs: bool = False
-    dtype: type = jnp.bfloat16
-    out_dtype: type | None = None
+    dtype: Any = jnp.bfloat16
+    out_dtype: Any = None
     config: dict[str, int] = dataclasses.field(default_factory=dict)
     num_sms: int = 2
     detect_races: bool = False

@@ -124,7 +124,7 @@ def test_tiles_are_the_blocks_times_the_columns_in_bands_of_each_group(problem):
     sizes, num_rows, options = problem
     column_blocks, band_rows = 2, 3
     blocks = plain_schedule(sizes, num_rows, **options)
-    expected = []
+    expected, num_of_groups = [], 0
     for group in range(len(sizes) + 1):
         of_group = [block for block in blocks if block[0] == group]
         num_bands = -(-len(of_group) // band_rows)
