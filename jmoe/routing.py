@@ -116,12 +116,9 @@ def route_top_k(
     Example:
         >>> import jax.numpy as jnp
         >>> import jmoe
-        >>> routing = jmoe.route_top_k(jnp.log(jnp.array([[0.1, 0.6, 0.3], [0.5, 0.25, 0.25]])), 2)
-        >>> routing.expert_index.tolist()
-        [[1, 2], [0, 1]]
-        >>> print(routing.weight.round(2))
-        [[0.67 0.33]
-         [0.67 0.33]]
+        >>> routing = jmoe.route_top_k(jnp.array([[0.0, 2.0, 2.0, 1.0]]), 2)
+        >>> routing.expert_index.tolist(), routing.weight.tolist()
+        ([[1, 2]], [[0.5, 0.5]])
     """
     if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(

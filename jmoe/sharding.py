@@ -82,7 +82,7 @@ def logical_axis_rules(mesh: Mesh) -> tuple[tuple[str, str | tuple[str, ...] | N
         >>> mesh = jax.make_mesh((1,), ("expert",))
         >>> with jax.set_mesh(mesh), nnx.logical_axis_rules(jmoe.logical_axis_rules(mesh)):
         ...     moe = nnx.eval_shape(lambda: jmoe.MoE(16, 32, num_experts=4, top_k=2, rngs=nnx.Rngs(0)))
-        >>> tuple(moe.w_up[...].sharding.spec)
+        >>> tuple(moe.w_up.get_value().sharding.spec)
         ('expert', None, None)
     """
     rules = get_logical_axis_rules() or LOGICAL_AXIS_RULES
