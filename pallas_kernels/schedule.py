@@ -60,7 +60,9 @@ def group_bounds(group_sizes: Int[Array, " G"], num_rows: int) -> tuple[Int32[Ar
 
     Sizes that sum to more than `num_rows` are clipped there; a negative size counts as 0.
     """
-    sizes = jnp.clip(group_sizes, 0, num_rows).astype(jnp.int32)
+    # A bound that the sizes' own dtype cannot hold would wrap around in it.
+    largest = min(num_rows, jnp.iinfo(group_sizes.dtype).max)
+    sizes = jnp.clip(group_sizes, 0, largest).astype(jnp.int32)
     # Integers wrap around where the sizes sum to 2^31 or more, which a float32 sum is sure to notice.
     overflows = _running_sum(sizes.astype(jnp.float32)) > 2.0**30
     ends = jnp.where(overflows, num_rows, jnp.minimum(_running_sum(sizes), num_rows))
