@@ -1,12 +1,14 @@
 """The block schedule: which rows of which group each block of a grouped kernel works on."""
 
 import dataclasses
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Int32, Shaped
+from jaxtyping import Array, Int32, Integer, Shaped
 
 
+@no_type_check  # under vmap the arrays have one more axis
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockSchedule:
@@ -29,13 +31,15 @@ class BlockSchedule:
     num_used: Int32[Array, ""]
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TileSchedule:
     """The blocks of every group times the column blocks of its result, in the order in which to visit them.
 
     The row blocks of a group are cut into bands, as equal as can be, which are visited down their rows and then
-    across their columns: the tiles in work at a time then share both operands in the cache. The tiles after
+    across their columns. The tiles in work at a time then share both operands in the cache, most of all where their
+    rows and columns together are fewest: where a band is as high as the columns beside it are wide. The tiles after
     `num_used` are padding and carry zero rows.
 
     Attributes:
@@ -55,7 +59,7 @@ class TileSchedule:
     num_used: Int32[Array, ""]
 
 
-def group_bounds(group_sizes: Int[Array, " G"], num_rows: int) -> tuple[Int32[Array, " G"], Int32[Array, " G"]]:
+def group_bounds(group_sizes: Integer[Array, " G"], num_rows: int) -> tuple[Int32[Array, " G"], Int32[Array, " G"]]:
     """Computes the first row of each group and the row after its last, with the groups laid end to end.
 
     Sizes that sum to more than `num_rows` are clipped there; a negative size counts as 0.
@@ -86,7 +90,7 @@ def max_num_blocks(num_groups: int, *, num_rows: int, block_rows: int, alignment
 
 
 def make_block_schedule(
-    group_sizes: Int[Array, " G"],
+    group_sizes: Integer[Array, " G"],
     *,
     num_rows: int,
     block_rows: int,
@@ -135,7 +139,7 @@ def make_block_schedule(
 
 
 def make_tile_schedule(
-    group_sizes: Int[Array, " G"],
+    group_sizes: Integer[Array, " G"],
     *,
     num_rows: int,
     block_rows: int,
@@ -153,7 +157,7 @@ def make_tile_schedule(
         alignment: what the first row of a tile that is not the first of its group is a multiple of.
         cover_remainder: whether the rows past the last group get tiles too, as group G; they come last.
         column_blocks: the number of column blocks.
-        band_rows: the most row blocks of a band.
+        band_rows: how many row blocks a band should have; a group gets as many bands as come closest to that.
 
     Returns:
         A `TileSchedule` of int32 arrays, `max_num_blocks * column_blocks` long.
@@ -185,7 +189,8 @@ def make_tile_schedule(
     group = jnp.searchsorted(last_tile, tile, side="right", method="compare_all").astype(jnp.int32)
     group = jnp.minimum(group, start.size - 1)
     height = jnp.maximum(num_blocks[group], 1)
-    band_height = -(-height // -(-height // band_rows))
+    num_bands = jnp.maximum((height + band_rows // 2) // band_rows, 1)
+    band_height = -(-height // num_bands)
     in_group = tile - (last_tile - num_blocks * column_blocks)[group]
     band, in_band = in_group // (band_height * column_blocks), in_group % (band_height * column_blocks)
     height_here = jnp.clip(height - band * band_height, 1, band_height)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from pallas_kernels import hopper
 from pallas_kernels.schedule import make_tile_schedule
@@ -27,20 +27,20 @@ class Config:
         block_n: columns of a tile; 128 or 256.
         block_k: contracted columns of a step.
         num_stages: slots of the ring.
-        band_rows: the most row blocks of a group that are visited down before across, as in `make_tile_schedule`.
+        band_rows: about how many row blocks of a group are visited down before across, as in `make_tile_schedule`.
     """
 
     block_m: int = 128
     block_n: int = 256
     block_k: int = 64
     num_stages: int = 4
-    band_rows: int = 8
+    band_rows: int = 16
 
 
 def grouped_matmul(
     lhs: Float[Array, "M K"],
     rhs: Float[Array, "G _ _"],
-    group_sizes: Int[Array, " G"],
+    group_sizes: Integer[Array, " G"],
     *,
     transpose_rhs: bool,
     precision: lax.PrecisionLike,

@@ -17,7 +17,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from pallas_kernels import hopper
 from pallas_kernels.schedule import group_bounds
@@ -45,7 +45,7 @@ class Config:
 def grouped_weight_gradient(
     lhs: Float[Array, "M K"],
     out_grad: Float[Array, "M N"],
-    group_sizes: Int[Array, " G"],
+    group_sizes: Integer[Array, " G"],
     *,
     precision: lax.PrecisionLike,
     accumulator_dtype: jnp.dtype,

@@ -1,6 +1,7 @@
 """The block schedule against a plain Python construction."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -127,8 +128,8 @@ def test_tiles_are_the_blocks_times_the_columns_in_bands_of_each_group(problem):
     expected, num_of_groups = [], 0
     for group in range(len(sizes) + 1):
         of_group = [block for block in blocks if block[0] == group]
-        num_bands = -(-len(of_group) // band_rows)
-        height = -(-len(of_group) // num_bands) if num_bands else 1
+        num_bands = max(1, math.floor(len(of_group) / band_rows + 0.5))
+        height = max(1, math.ceil(len(of_group) / num_bands))
         for first in range(0, len(of_group), height):
             band = of_group[first : first + height]
             expected += [(*block, column) for column in range(column_blocks) for block in band]
@@ -170,7 +171,14 @@ def test_groups_that_waste_the_most_rows_of_blocks_fit_into_the_slots(num_groups
         assert schedule.size.sum() == covered, sizes
 
 
-@pytest.mark.usefixtures("without_annotation_checks")
+def test_a_batch_of_schedules_is_made_by_vmap():
+    sizes = jnp.array([[3, 0, 5], [1, 6, 1]], jnp.int32)
+    batch = jax.vmap(functools.partial(make_block_schedule, num_rows=8, block_rows=4))(sizes)
+    for i in range(2):
+        single = jax.tree.map(lambda leaf, i=i: leaf[i], batch)
+        assert blocks_of(single)[: int(single.num_used)] == plain_schedule(sizes[i].tolist(), 8, 4)
+
+
 def test_the_schedule_is_a_pytree_of_int32_arrays_whatever_the_integers_of_the_sizes():
     for dtype in (jnp.int32, jnp.uint32, jnp.int8, jnp.uint8, jnp.int16):
         sizes = jnp.array([100, 0, 27], dtype)  # 300 rows do not fit into eight bits
