@@ -1,4 +1,4 @@
-"""Test set-up: run-time checks of array annotations, eight virtual CPU devices, and the `gpu` marker."""
+"""Test set-up: run-time checks of array annotations, eight virtual CPU devices, the `gpu` marker, shared fixtures."""
 
 import importlib.util
 import os
@@ -14,11 +14,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("NPROC", "16")
 
 import jax
+import jaxtyping
+import numpy as np
 import pytest
-from jaxtyping import install_import_hook
 
 if importlib.util.find_spec("beartype"):  # a borrowed GPU machine may lack it
-    install_import_hook(["pallas_kernels", "jmoe", "train"], "beartype.beartype")
+    jaxtyping.install_import_hook(["pallas_kernels", "jmoe", "train"], "beartype.beartype")
 
 
 def _has_hopper_gpu() -> bool:
@@ -37,3 +38,24 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def relative_error():
+    """The norm of the difference over the norm of the expected array."""
+
+    def error(actual, expected):
+        actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+        assert actual.shape == expected.shape
+        norm = np.linalg.norm(expected)
+        return np.linalg.norm(actual - expected) / (norm if norm else 1)
+
+    return error
+
+
+@pytest.fixture
+def without_annotation_checks():
+    """Lets arguments that contradict their annotations reach the function, as they do outside the tests."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

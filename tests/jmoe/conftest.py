@@ -5,7 +5,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -129,24 +128,3 @@ def make_problem():
         )
 
     return make
-
-
-@pytest.fixture
-def relative_error():
-    """The norm of the difference over the norm of the expected array."""
-
-    def error(actual, expected):
-        actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-        assert actual.shape == expected.shape
-        norm = np.linalg.norm(expected)
-        return np.linalg.norm(actual - expected) / (norm if norm else 1)
-
-    return error
-
-
-@pytest.fixture
-def without_annotation_checks():
-    """Lets arguments that contradict their annotations reach the function, as they do outside the tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -53,19 +52,6 @@ def normal():
 
 
 @pytest.fixture
-def relative_error():
-    """The norm of the difference over the norm of the expected array."""
-
-    def error(actual, expected):
-        actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-        assert actual.shape == expected.shape
-        norm = np.linalg.norm(expected)
-        return np.linalg.norm(actual - expected) / (norm if norm else 1)
-
-    return error
-
-
-@pytest.fixture
 def h100():
     """A context that traces for an H100 of `num_sms` multiprocessors, whatever the machine has."""
 
@@ -86,11 +72,3 @@ def lower_for_cuda(h100):
             return traced.lower(lowering_platforms=("cuda",)).as_text()
 
     return lower
-
-
-@pytest.fixture
-def without_annotation_checks():
-    """Lets arguments that contradict their annotations reach the function, as they do outside the tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
