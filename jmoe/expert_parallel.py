@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jmoe.activations import Activation, activate, is_gated
@@ -116,8 +117,12 @@ def _hidden_slice(parameters: ExpertParameters, *, gated: bool, axes: tuple[str,
     )
 
 
+# As in `moe_mlp`, the backward gets x, the parameters as they came and the pre-activations, and recomputes the rest.
+@functools.partial(
+    jax.checkpoint, static_argnums=2, policy=jax.checkpoint_policies.save_only_these_names("pre_activations")
+)
 def _dense_mlp(x: Float[Array, "T D"], parameters: ExpertParameters, activation: Activation) -> Float[Array, "T D"]:
     w_up, w_down, b_up, b_down = jax.tree.map(lambda parameter: parameter.astype(x.dtype), parameters)
-    h = x @ w_up if b_up is None else x @ w_up + b_up
+    h = checkpoint_name(x @ w_up if b_up is None else x @ w_up + b_up, "pre_activations")
     y = activate(activation, h) @ w_down
     return y if b_down is None else y + b_down

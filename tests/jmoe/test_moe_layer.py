@@ -1,5 +1,6 @@
 """`jmoe.MoE`, the Flax NNX layer, and its Linen twin."""
 
+import collections
 from typing import Any
 
 import jax
@@ -40,6 +41,17 @@ def numpy_layer(moe, x, *, activation):
         w_up, w_down, b_up, b_down = values(moe.shared)
         y += activation(x @ w_up + b_up) @ w_down + b_down
     return y
+
+
+def kept_for_the_backward(moe, x):
+    """Counts the arrays of each shape and dtype that live between forward and backward."""
+    graphdef, state = nnx.split(moe)
+
+    def apply(state, x):
+        return nnx.merge(graphdef, state)(x)[0]
+
+    kept = jax.tree.leaves(jax.eval_shape(lambda *arrays: jax.vjp(apply, *arrays)[1], state, x))
+    return collections.Counter((a.shape, a.dtype.name) for a in kept)
 
 
 def swiglu(h):
@@ -168,16 +180,25 @@ def test_the_router_computes_in_float32_whatever_the_compute_dtype():
 
 
 def test_the_router_keeps_no_float32_copy_of_x():
-    moe = jmoe.MoE(64, 4, 2, 1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    graphdef, state = nnx.split(moe)
     x = tokens(50, features=64, dtype=jnp.bfloat16)
+    kept = kept_for_the_backward(jmoe.MoE(64, 4, 2, 1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), x)
+    assert kept[x.shape, "bfloat16"]
+    assert not kept[x.shape, "float32"]
 
-    def apply(state, x):
-        return nnx.merge(graphdef, state)(x)[0]
 
-    kept = jax.tree.leaves(jax.eval_shape(lambda *arrays: jax.vjp(apply, *arrays)[1], state, x))
-    assert any(a.shape == x.shape and a.dtype == jnp.bfloat16 for a in kept)
-    assert not any(a.shape == x.shape and a.dtype == jnp.float32 for a in kept)
+@pytest.mark.parametrize(("activation", "width"), [("swiglu", 2), ("gelu", 1)])
+def test_the_shared_expert_keeps_its_pre_activations_and_its_parameters_as_they_are(activation, width):
+    x = tokens(60, features=32, dtype=jnp.bfloat16)
+    options = {"activation": activation, "use_bias": True, "dtype": jnp.bfloat16}
+    without, with_shared = (
+        kept_for_the_backward(jmoe.MoE(32, 16, 4, 2, shared_hidden_features=F, **options, rngs=nnx.Rngs(0)), x)
+        for F in (0, 24)
+    )
+    assert with_shared - without == {
+        ((60, width * 24), "bfloat16"): 1,
+        ((32, width * 24), "float32"): 1,
+        ((24, 32), "float32"): 1,
+    }
 
 
 def test_router_jitter_acts_only_where_keys_are_passed():
