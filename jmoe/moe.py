@@ -288,16 +288,17 @@ class MoE(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         experts = mesh_axes("expert", mesh)
         hidden = tuple(axis for axis in mesh_axes("expert_hidden", mesh) if axis not in experts)
-        for argument, axes in (
-            ("num_experts", experts),
-            ("hidden_features", hidden),
-            ("shared_hidden_features", hidden),
+        for argument, rule, axes in (
+            ("num_experts", "expert", experts),
+            ("hidden_features", "expert_hidden", hidden),
+            ("shared_hidden_features", "expert_hidden", hidden),
         ):
             size, shards = getattr(self, argument), math.prod(mesh.shape[axis] for axis in axes)
             if size % shards:
                 raise ValueError(
                     f"{argument} is {size}; it must be a multiple of {shards}, the size of the mesh axis "
-                    f"{' x '.join(axes)}."
+                    f"{' x '.join(axes)}: make it {size + -size % shards}, or give {rule!r} another rule with "
+                    "flax.nnx.logical_axis_rules."
                 )
         return ShardAxes(tuple(axis for entry in tokens for axis in as_axes(entry)), experts, hidden)
 

@@ -163,16 +163,38 @@ def test_a_dimension_that_an_axis_does_not_divide_is_replicated():
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("shape", "sizes", "message"),
     [
-        ({"expert": 8}, "num_experts is 6; it must be a multiple of 8, the size of the mesh axis expert"),
+        (
+            {"expert": 8},
+            {},
+            "num_experts is 6; it must be a multiple of 8, the size of the mesh axis expert: make it 8,",
+        ),
         (
             {"tensor": 8},
-            "hidden_features is 20; it must be a multiple of 8, the size of the mesh axis tensor",
+            {"hidden_features": 20},
+            "^hidden_features is 20; it must be a multiple of 8, the size of the mesh axis tensor: make it 24,",
+        ),
+        (
+            {"tensor": 4},
+            {"shared_hidden_features": 18},
+            "shared_hidden_features is 18; it must be a multiple of 4, the size of the mesh axis tensor: make it 20, "
+            "or give 'expert_hidden' another rule with flax.nnx.logical_axis_rules",
         ),
     ],
-    ids=["expert", "tensor"],
+    ids=["expert", "tensor", "tensor-shared"],
 )
-def test_a_mesh_that_cannot_split_the_layer_is_a_value_error(shape, message):
+def test_a_mesh_that_cannot_split_the_layer_is_a_value_error_that_says_what_to_do(shape, sizes, message):
+    sizes = {"hidden_features": HIDDEN, "num_experts": 6, "top_k": TOP_K} | sizes
     with jax.set_mesh(make_mesh(shape, AxisType.Auto)), pytest.raises(ValueError, match=message):
-        jmoe.MoE(FEATURES, 20, 6, TOP_K, rngs=nnx.Rngs(0))(inputs()[0])
+        jmoe.MoE(FEATURES, **sizes, rngs=nnx.Rngs(0))(inputs()[0])
+
+
+def test_a_width_that_the_mesh_does_not_divide_may_be_left_whole_by_another_rule(relative_error):
+    moe = jmoe.MoE(FEATURES, HIDDEN, EXPERTS, TOP_K, shared_hidden_features=18, rngs=nnx.Rngs(0))
+    apply = nnx.jit(lambda moe, x: moe(x)[0])
+    x, _ = inputs()
+    rules = [rule for rule in jmoe.LOGICAL_AXIS_RULES if rule[0] != "expert_hidden"]
+    with jax.set_mesh(make_mesh({"tensor": 4}, AxisType.Auto)), nnx.logical_axis_rules(rules):
+        y = apply(moe, x)
+    assert relative_error(y, apply(moe, x)) < 1e-5
