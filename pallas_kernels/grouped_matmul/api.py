@@ -34,6 +34,7 @@ _BACKENDS: dict[Implementation, dict[Operation, Callable[..., Array]]] = {
     },
 }
 _logger = logging.getLogger("pallas_kernels")
+_logged_reasons: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +238,10 @@ def _choose_backend(operation: Operation, options: _Options, first: Array, secon
     if reason is None:
         return "mosaic_gpu"
     if chosen is None:
-        _logger.warning("%s runs on XLA, not on its Hopper kernel: %s", operation, reason)
+        # Once, not for each matmul of a gradient and each layer of a model.
+        if reason not in _logged_reasons:
+            _logged_reasons.add(reason)
+            _logger.warning("%s runs on XLA, not on its Hopper kernel: %s", operation, reason)
         return "xla"
     raise ValueError(f'implementation "mosaic_gpu" cannot run this {operation}: {reason}')
 

@@ -1,5 +1,6 @@
 """What the grouped matmuls refuse, and which implementation they choose."""
 
+import functools
 import logging
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import grouped_matmul, grouped_weight_gradient
+from pallas_kernels.grouped_matmul import api
 
 LHS, RHS, OUT_GRAD, SIZES = jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.ones((4, 5)), jnp.array([1, 3])
 
@@ -77,6 +79,14 @@ UNSUPPORTED = [
 ]
 
 
+@pytest.fixture
+def logged_reasons(monkeypatch):
+    """What is remembered of the reasons that were logged: nothing yet."""
+    reasons = set()
+    monkeypatch.setattr(api, "_logged_reasons", reasons)
+    return reasons
+
+
 def on_h100(h100, function, *shapes):
     with h100():
         return jax.jit(function).trace(*shapes)
@@ -84,7 +94,7 @@ def on_h100(h100, function, *shapes):
 
 @pytest.mark.parametrize(("k", "n", "dtype", "out_dtype", "reason"), UNSUPPORTED)
 def test_on_a_hopper_gpu_a_shape_that_does_not_fit_runs_on_xla_and_one_line_says_why(
-    k, n, dtype, out_dtype, reason, h100, caplog
+    k, n, dtype, out_dtype, reason, h100, caplog, logged_reasons
 ):
     lhs, rhs, out_grad = (jax.ShapeDtypeStruct(s, dtype) for s in ((256, k), (4, k, n), (256, n)))
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
@@ -94,6 +104,7 @@ def test_on_a_hopper_gpu_a_shape_that_does_not_fit_runs_on_xla_and_one_line_says
     }
     for name, (function, *shapes) in calls.items():
         caplog.clear()
+        logged_reasons.clear()
         with caplog.at_level(logging.DEBUG, logger="pallas_kernels"):
             traced = on_h100(h100, lambda *a, f=function: f(*a, preferred_element_type=out_dtype), *shapes)
         assert "mosaic_gpu" not in str(traced.jaxpr)
@@ -103,6 +114,21 @@ def test_on_a_hopper_gpu_a_shape_that_does_not_fit_runs_on_xla_and_one_line_says
         assert message.startswith(f"{name} runs on XLA, not on its Hopper kernel: ")
         assert reason in message
         assert "\n" not in message
+
+
+@pytest.mark.usefixtures("logged_reasons")
+def test_a_gradient_on_a_hopper_gpu_logs_each_reason_once(h100, caplog):
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradient(lhs, rhs, sizes):
+        return grouped_matmul(lhs, rhs, sizes).astype(jnp.float32).sum()
+
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    for k in (100, 100, 40):
+        lhs, rhs = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((256, k), (4, k, 128)))
+        on_h100(h100, lambda *arrays: gradient(*arrays), lhs, rhs, sizes)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "a width of 100 " in first
+    assert "a width of 40 " in second
 
 
 @pytest.mark.parametrize(("k", "n", "dtype", "out_dtype", "reason"), UNSUPPORTED)
