@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from pallas_kernels import hopper
 from pallas_kernels.device import has_hopper_gpu
@@ -50,7 +50,7 @@ class _Options:
 def grouped_matmul(
     lhs: Float[Array, "M K"],
     rhs: Float[Array, "G _ _"],
-    group_sizes: Int[Array, " G"],
+    group_sizes: Integer[Array, " G"],
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
     group_offset: None = None,
@@ -113,7 +113,7 @@ def grouped_matmul(
 def grouped_weight_gradient(
     lhs: Float[Array, "M K"],
     out_grad: Float[Array, "M N"],
-    group_sizes: Int[Array, " G"],
+    group_sizes: Integer[Array, " G"],
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
     *,

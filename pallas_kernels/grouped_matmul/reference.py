@@ -2,12 +2,12 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from pallas_kernels.schedule import group_bounds
 
 
-def _rows_of_groups(group_sizes: Int[Array, " G"], num_rows: int) -> Bool[Array, "G M"]:
+def _rows_of_groups(group_sizes: Integer[Array, " G"], num_rows: int) -> Bool[Array, "G M"]:
     start, end = group_bounds(group_sizes, num_rows)
     row = jnp.arange(num_rows)
     return (row >= start[:, None]) & (row < end[:, None])
@@ -16,7 +16,7 @@ def _rows_of_groups(group_sizes: Int[Array, " G"], num_rows: int) -> Bool[Array,
 def grouped_matmul(
     lhs: Float[Array, "M K"],
     rhs: Float[Array, "G _ _"],
-    group_sizes: Int[Array, " G"],
+    group_sizes: Integer[Array, " G"],
     *,
     transpose_rhs: bool,
     precision: lax.PrecisionLike,
@@ -38,7 +38,7 @@ def grouped_matmul(
 def grouped_weight_gradient(
     lhs: Float[Array, "M K"],
     out_grad: Float[Array, "M N"],
-    group_sizes: Int[Array, " G"],
+    group_sizes: Integer[Array, " G"],
     *,
     precision: lax.PrecisionLike,
     accumulator_dtype: jnp.dtype,

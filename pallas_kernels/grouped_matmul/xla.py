@@ -7,7 +7,7 @@ no [G, M, K], [M, K, N] or [B, K, N] array.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from pallas_kernels.schedule import group_bounds, make_block_schedule
 
@@ -31,7 +31,7 @@ def _window(
 def grouped_matmul(
     lhs: Float[Array, "M K"],
     rhs: Float[Array, "G _ _"],
-    group_sizes: Int[Array, " G"],
+    group_sizes: Integer[Array, " G"],
     *,
     transpose_rhs: bool,
     precision: lax.PrecisionLike,
@@ -65,7 +65,7 @@ def grouped_matmul(
 def grouped_weight_gradient(
     lhs: Float[Array, "M K"],
     out_grad: Float[Array, "M N"],
-    group_sizes: Int[Array, " G"],
+    group_sizes: Integer[Array, " G"],
     *,
     precision: lax.PrecisionLike,
     accumulator_dtype: jnp.dtype,

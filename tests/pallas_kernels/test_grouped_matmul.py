@@ -83,6 +83,16 @@ def test_product_and_gradients_match_a_loop_for_any_group_sizes_with_nan_past_th
                 assert np.all(np.asarray(result)[value == 0] == 0), (name, sizes)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_group_sizes_may_be_unsigned(implementation, normal):
+    lhs, rhs, out_grad = operands(normal, M, K, N, G, jnp.float32, False)
+    run = forward_and_backward(implementation, False)
+    signed, unsigned = jnp.array([31, 0, 20, 39, 0]), jnp.array([31, 0, 20, 2**32 - 1, 5], jnp.uint32)
+    expected = run(lhs, rhs, signed, out_grad)
+    for result, value in zip(run(lhs, rhs, unsigned, out_grad), expected, strict=True):
+        np.testing.assert_array_equal(result, value)
+
+
 @pytest.mark.parametrize("transpose_rhs", [False, True])
 @pytest.mark.parametrize(
     ("m", "k", "n", "sizes"),
