@@ -5,7 +5,7 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32, Integer, Shaped
+from jaxtyping import Array, Bool, Int32, Integer, Shaped
 
 
 @no_type_check  # under vmap the arrays have one more axis
@@ -40,44 +40,55 @@ class TileSchedule:
     The row blocks of a group are cut into bands, as equal as can be, which are visited down their rows and then
     across their columns. The tiles in work at a time then share both operands in the cache, most of all where their
     rows and columns together are fewest: where a band is as high as the columns beside it are wide. The tiles after
-    `num_used` are padding and carry zero rows.
+    `last_tile[-1]` are padding and carry zero rows.
 
     Attributes:
         group: i32[tiles], as in `BlockSchedule`.
         start: i32[tiles], as in `BlockSchedule`.
         size: i32[tiles], as in `BlockSchedule`.
         column_block: i32[tiles], the column block of each tile.
-        num_of_groups: i32[], how many tiles hold rows of groups.
-        num_used: i32[], how many tiles have rows, those past the last group included.
+        last_tile: i32[groups], the number of the tile after the last one of each group. Where the rows past the last
+            group have tiles too, these are one more group.
     """
 
     group: Int32[Array, " tiles"]
     start: Int32[Array, " tiles"]
     size: Int32[Array, " tiles"]
     column_block: Int32[Array, " tiles"]
-    num_of_groups: Int32[Array, ""]
-    num_used: Int32[Array, ""]
+    last_tile: Int32[Array, " groups"]
 
 
-def group_bounds(group_sizes: Integer[Array, " G"], num_rows: int) -> tuple[Int32[Array, " G"], Int32[Array, " G"]]:
+def group_bounds(
+    group_sizes: Integer[Array, " G"], num_rows: int, *, cover_remainder: bool = False
+) -> tuple[Int32[Array, " groups"], Int32[Array, " groups"]]:
     """Computes the first row of each group and the row after its last, with the groups laid end to end.
 
-    Sizes that sum to more than `num_rows` are clipped there; a negative size counts as 0.
+    Sizes that sum to more than `num_rows` are clipped there; a negative size counts as 0. With `cover_remainder` the
+    rows past the last group are one more group.
     """
     # A bound that the sizes' own dtype cannot hold would wrap around in it.
     largest = min(num_rows, jnp.iinfo(group_sizes.dtype).max)
     sizes = jnp.clip(group_sizes, 0, largest).astype(jnp.int32)
-    # Integers wrap around where the sizes sum to 2^31 or more, which a float32 sum is sure to notice.
-    overflows = _running_sum(sizes.astype(jnp.float32)) > 2.0**30
-    ends = jnp.where(overflows, num_rows, jnp.minimum(_running_sum(sizes), num_rows))
-    return jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]]), ends
+    group = jnp.arange(sizes.size + cover_remainder, dtype=jnp.int32)
+
+    def clipped_sum(counts: Bool[Array, "groups G"]) -> Int32[Array, " groups"]:
+        # Integers wrap around where the sizes sum to 2^31 or more, which a float32 sum is sure to notice.
+        overflows = _masked_sum(counts, sizes.astype(jnp.float32)) > 2.0**30
+        return jnp.where(overflows, num_rows, jnp.minimum(_masked_sum(counts, sizes), num_rows))
+
+    start = clipped_sum(group[: sizes.size] < group[:, None])
+    end = clipped_sum(group[: sizes.size] <= group[:, None])
+    return start, jnp.where(group < sizes.size, end, num_rows)
 
 
-def _running_sum(x: Shaped[Array, " G"]) -> Shaped[Array, " G"]:
-    # Quadratic, but one fused kernel on a GPU, where `jnp.cumsum` is several: G is small, and a schedule is made
-    # before each matmul.
-    index = jnp.arange(x.size)
-    return jnp.sum(jnp.where(index <= index[:, None], x, 0), axis=1, dtype=x.dtype)
+def _masked_sum(counts: Bool[Array, "rows G"], x: Shaped[Array, " G"]) -> Shaped[Array, " rows"]:
+    """Sums the elements of x that count, for each row of a mask.
+
+    With masks of neighbours this is a running sum or a look-up. Quadratic, but reductions over the same mask become
+    one kernel on a GPU, where `jnp.cumsum` and gathers are several: G is small, and a schedule is made before each
+    matmul.
+    """
+    return jnp.sum(jnp.where(counts, x, 0), axis=1, dtype=x.dtype)
 
 
 def max_num_blocks(num_groups: int, *, num_rows: int, block_rows: int, alignment: int = 1) -> int:
@@ -135,7 +146,7 @@ def make_block_schedule(
         column_blocks=1,
         band_rows=1,
     )
-    return BlockSchedule(tiles.group, tiles.start, tiles.size, tiles.num_used)
+    return BlockSchedule(tiles.group, tiles.start, tiles.size, tiles.last_tile[-1])
 
 
 def make_tile_schedule(
@@ -174,34 +185,30 @@ def make_tile_schedule(
     if block_rows < 1 or alignment < 1 or block_rows % alignment:
         raise ValueError(f"block_rows is {block_rows}; it must be a positive multiple of alignment, {alignment}.")
 
-    start, end = group_bounds(group_sizes, num_rows)
-    if cover_remainder:
-        start = jnp.concatenate([start, end[-1:]])
-        end = jnp.concatenate([end, jnp.full((1,), num_rows, jnp.int32)])
-    window = start // alignment * alignment
-    num_blocks = jnp.where(end > start, -(-(end - window) // block_rows), 0)
-    last_tile = _running_sum(num_blocks) * column_blocks
-    num_used = last_tile[-1]
+    start, end = group_bounds(group_sizes, num_rows, cover_remainder=cover_remainder)
+    num_blocks = jnp.where(end > start, -(-(end - start // alignment * alignment) // block_rows), 0)
+    num_tiles = num_blocks * column_blocks
+    group = jnp.arange(start.size, dtype=jnp.int32)
+    last_tile = _masked_sum(group <= group[:, None], num_tiles)
 
     slots = max_num_blocks(start.size, num_rows=num_rows, block_rows=block_rows, alignment=alignment)
     tile = jnp.arange(slots * column_blocks, dtype=jnp.int32)
-    used = tile < num_used
-    group = jnp.searchsorted(last_tile, tile, side="right", method="compare_all").astype(jnp.int32)
-    group = jnp.minimum(group, start.size - 1)
-    height = jnp.maximum(num_blocks[group], 1)
+    is_of_group = (tile[:, None] < last_tile) & (tile[:, None] >= last_tile - num_tiles)
+    # Padding tiles are of no group, so that every number of theirs is 0.
+    group, start, end, height, past_last = (
+        _masked_sum(is_of_group, x) for x in (group, start, end, num_blocks, last_tile)
+    )
     num_bands = jnp.maximum((height + band_rows // 2) // band_rows, 1)
-    band_height = -(-height // num_bands)
-    in_group = tile - (last_tile - num_blocks * column_blocks)[group]
+    band_height = jnp.maximum(-(-height // num_bands), 1)
+    in_group = jnp.where(height > 0, tile - (past_last - height * column_blocks), 0)
     band, in_band = in_group // (band_height * column_blocks), in_group % (band_height * column_blocks)
     height_here = jnp.clip(height - band * band_height, 1, band_height)
-    block_window = window[group] + (band * band_height + in_band % height_here) * block_rows
-    block_start = jnp.maximum(block_window, start[group])
-    block_end = jnp.minimum(block_window + block_rows, end[group])
+    block_window = start // alignment * alignment + (band * band_height + in_band % height_here) * block_rows
+    block_start = jnp.maximum(block_window, start)
     return TileSchedule(
-        group=jnp.where(used, group, 0),
-        start=jnp.where(used, block_start, 0),
-        size=jnp.where(used, block_end - block_start, 0),
-        column_block=jnp.where(used, in_band // height_here, 0),
-        num_of_groups=last_tile[group_sizes.size - 1],
-        num_used=num_used,
+        group=group,
+        start=block_start,
+        size=jnp.minimum(block_window + block_rows, end) - block_start,
+        column_block=in_band // height_here,
+        last_tile=last_tile,
     )

@@ -34,7 +34,7 @@ class Config:
     block_n: int = 256
     block_k: int = 64
     num_stages: int = 4
-    band_rows: int = 16
+    band_rows: int = 8
 
 
 def grouped_matmul(
@@ -51,6 +51,7 @@ def grouped_matmul(
     """Multiplies tiles of each group with wgmma, in float32."""
     del precision, accumulator_dtype  # products of 16-bit operands are exact, sums are in float32
     num_rows, k = lhs.shape
+    num_groups = group_sizes.size
     n = rhs.shape[1 if transpose_rhs else 2]
     config = config or Config(block_n=hopper.block_columns(n))
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
@@ -64,14 +65,13 @@ def grouped_matmul(
         column_blocks=pl.cdiv(n, block_n),
         band_rows=config.band_rows,
     )
-    num_tiles = jnp.stack([schedule.num_of_groups, schedule.num_used])
     # The four numbers of a tile lie side by side, in one sector of memory.
     tiles = jnp.stack([schedule.group, schedule.start, schedule.size, schedule.column_block], axis=1)
 
-    def kernel(lhs, rhs, tiles, num_tiles, out, a_s, b_s, out_s, full, empty):
+    def kernel(lhs, rhs, tiles, last_tile, out, a_s, b_s, out_s, full, empty):
         ring = hopper.Ring(full, empty, config.num_stages)
         warpgroup = lax.axis_index("wg")
-        own_tiles = hopper.count_own_tiles(num_tiles[0])
+        own_tiles = hopper.count_own_tiles(last_tile[num_groups - 1])
 
         def tile_at(i):
             """Loads the group, the first row, the number of rows and the column block of this block's i-th tile."""
@@ -152,7 +152,7 @@ def grouped_matmul(
                 return carry
 
             # The rows past the last group come last.
-            lax.fori_loop(own_tiles, hopper.count_own_tiles(num_tiles[1]), clear_tile, jnp.int32(0))
+            lax.fori_loop(own_tiles, hopper.count_own_tiles(last_tile[num_groups]), clear_tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
     b_tile = (block_n, block_k) if transpose_rhs else (block_k, block_n)
@@ -167,4 +167,4 @@ def grouped_matmul(
             "empty": plgpu.Barrier(num_arrivals=hopper.NUM_COMPUTE_WARPGROUPS, num_barriers=config.num_stages),
         },
     )
-    return run(hopper.pad_rows(lhs), rhs, tiles, num_tiles).reshape(num_rows, n)
+    return run(hopper.pad_rows(lhs), rhs, tiles, schedule.last_tile).reshape(num_rows, n)
