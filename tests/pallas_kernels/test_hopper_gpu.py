@@ -137,15 +137,14 @@ def test_vmap_runs_the_kernel_for_every_element(relative_error):
 def test_expert_mlps_run_on_the_kernels_forward_and_backward(activation, relative_error):
     tokens, features, hidden, experts, top_k = 999, 256, 192, 8, 2
     width = 2 * hidden if activation == "swiglu" else hidden
-    arrays = {
-        "x": random_normal(0, tokens, features),
-        "w_up": random_normal(1, experts, features, width) * features**-0.5,
-        "w_down": random_normal(2, experts, hidden, features) * hidden**-0.5,
-        "logits": random_normal(3, tokens, experts, dtype=jnp.float32),
-    }
+    x = random_normal(0, tokens, features)
+    w_up = random_normal(1, experts, features, width) * features**-0.5
+    w_down = random_normal(2, experts, hidden, features) * hidden**-0.5
+    logits = random_normal(3, tokens, experts, dtype=jnp.float32).at[:, 3].set(-1e9)  # no token goes to expert 3
+    arrays = (x, w_up, w_down, logits)
     dy = random_normal(4, tokens, features)
     # Each token goes to the same experts in both computations.
-    index = jax.lax.top_k(arrays["logits"].at[:, 3].set(-1e9), top_k)[1]  # no token goes to expert 3
+    index = jax.lax.top_k(logits, top_k)[1]
 
     @functools.partial(jax.jit, static_argnames="implementation")
     def run(arrays, dy, implementation):
@@ -154,7 +153,7 @@ def test_expert_mlps_run_on_the_kernels_forward_and_backward(activation, relativ
             routing = jmoe.Routing(index.astype(jnp.int32), weight)
             return jmoe.moe_mlp(x, w_up, w_down, routing, activation=activation, implementation=implementation)
 
-        y, pull_back = jax.vjp(mlp, *arrays.values())
+        y, pull_back = jax.vjp(mlp, *arrays)
         return y, *pull_back(dy)
 
     assert "mosaic_gpu" in run.lower(arrays, dy, "mosaic_gpu").as_text()
@@ -162,7 +161,7 @@ def test_expert_mlps_run_on_the_kernels_forward_and_backward(activation, relativ
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), arrays)
     with jax.default_matmul_precision("highest"):
         expected = run(wide, dy.astype(jnp.float32), "reference")
-    for result, value, name in zip(results, expected, ("y", *arrays), strict=True):
+    for result, value, name in zip(results, expected, ("y", "x", "w_up", "w_down", "logits"), strict=True):
         # The pre-activations, activations and their gradients are rounded to bfloat16 on the way.
         assert relative_error(result, value) < 1e-2, name
     assert not jnp.any(results[2][3])
