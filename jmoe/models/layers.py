@@ -1,4 +1,4 @@
-"""The parts of a transformer beside attention and MoE: projections, RMSNorm, dense MLP, output product."""
+"""The parts of a transformer beside attention and MoE: projections, RMSNorm, dense MLP."""
 
 import functools
 from collections.abc import Callable
@@ -87,28 +87,3 @@ def recompute(function: Callable[..., Array], *inputs: Array) -> Array:
     """Computes `function(*inputs)`, keeping only the inputs and parameters for the backward pass."""
     # Layers run in a scan, whose backward pass is a loop of its own: no common subexpression to protect.
     return jax.checkpoint(function, prevent_cse=False)(*inputs)
-
-
-@jax.custom_vjp
-def vocabulary_matmul(hidden: Float[Array, "B S D"], embedding: Float[Array, "V D"]) -> Float[Array, "B S V"]:
-    """Computes `hidden @ embedding.T` in float32 from operands in the dtype of `hidden`.
-
-    Its gradients multiply in the dtype of `hidden` too, where the derivative of a mixed-precision product
-    would run in float32, and the gradient of the embedding is accumulated in the embedding's own dtype.
-    """
-    return jnp.einsum("bsd,vd->bsv", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
-
-
-def _vocabulary_matmul_forward(hidden: Array, embedding: Array) -> tuple[Array, tuple[Array, Array]]:
-    return vocabulary_matmul(hidden, embedding), (hidden, embedding)
-
-
-def _vocabulary_matmul_backward(saved: tuple[Array, Array], logits_grad: Array) -> tuple[Array, Array]:
-    hidden, embedding = saved
-    logits_grad = logits_grad.astype(hidden.dtype)
-    hidden_grad = jnp.einsum("bsv,vd->bsd", logits_grad, embedding.astype(hidden.dtype))
-    embedding_grad = jnp.einsum("bsv,bsd->vd", logits_grad, hidden, preferred_element_type=embedding.dtype)
-    return hidden_grad, embedding_grad
-
-
-vocabulary_matmul.defvjp(_vocabulary_matmul_forward, _vocabulary_matmul_backward)

@@ -1,16 +1,16 @@
-"""The language-model objective: cross entropy over the vocabulary, in chunks, and the routers' losses."""
+"""The language-model objective: cross entropy over the vocabulary and the routers' losses."""
 
 import dataclasses
 from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.models.mesh import with_auto_axes
 from jmoe.models.transformer import Transformer
+from jmoe.models.vocabulary import mean_cross_entropy
 
 
 @no_type_check  # JAX also builds pytrees of other shapes and of things that are no arrays
@@ -49,8 +49,8 @@ def language_model_loss(
 
     `loss = cross_entropy + load_balancing_coef * load_balancing_loss + router_z_coef * router_z_loss`
 
-    The cross entropy is computed in float32, over `config.loss_chunk_size` tokens at a time, forward and
-    backward: the logits of all tokens never exist together.
+    The cross entropy is computed in float32, over `config.loss_chunk_size` tokens at a time: the logits of all
+    tokens never exist together.
 
     Args:
         model: The model.
@@ -80,8 +80,7 @@ def _language_model_loss(
         mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0  # [B, S]
     hidden, aux = model.hidden(tokens, positions=positions, segment_ids=segment_ids)  # [B, S, D]
 
-    num_targets = jnp.sum(mask)
-    cross_entropy = _total_cross_entropy(model, hidden, targets, mask) / jnp.maximum(num_targets, 1)
+    cross_entropy = mean_cross_entropy(hidden, model.output_matrix, targets, mask, config.loss_chunk_size)
     num_moe_layers = max(len(aux.load_balancing_loss), 1)
     load_balancing_loss = jnp.sum(aux.load_balancing_loss) / num_moe_layers
     router_z_loss = jnp.sum(aux.router_z_loss) / num_moe_layers
@@ -93,37 +92,9 @@ def _language_model_loss(
     )  # fmt: skip
     return loss, LossAux(
         cross_entropy=cross_entropy,
-        num_targets=num_targets,
+        num_targets=jnp.sum(mask),
         load_balancing_loss=load_balancing_loss,
         router_z_loss=router_z_loss,
         expert_load=aux.expert_load,
         dropped_fraction=jnp.sum(aux.dropped_fraction) / num_moe_layers,
     )
-
-
-def _total_cross_entropy(
-    model: Transformer,
-    hidden: Float[Array, "B S D"],
-    targets: Int[Array, "B S"],
-    mask: Bool[Array, "B S"],
-) -> Float[Array, ""]:
-    """Sums the cross entropy of the counted targets, a chunk of every sequence at a time.
-
-    Chunks run along the sequence so that a batch sharded over devices stays so.
-    """
-    B, S = targets.shape
-    chunk = min(max(model.config.loss_chunk_size // B, 1), S)
-    num_chunks = -(-S // chunk)
-
-    def in_chunks(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - S)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, num_chunks, chunk, *x.shape[2:]), 1, 0)  # [chunks, B, chunk, ...]
-
-    def add_chunk(total: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        hidden, targets, mask = inputs
-        logits = model.logits(hidden)  # [B, chunk, V]
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)  # [B, chunk]
-        return total + jnp.sum(cross_entropy, where=mask), None
-
-    inputs = in_chunks(hidden), in_chunks(jnp.where(mask, targets, 0)), in_chunks(mask)
-    return jax.lax.scan(jax.checkpoint(add_chunk, prevent_cse=False), jnp.zeros(()), inputs)[0]

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from jmoe.models.attention import Attention, KVCache, Rotation, rope_rotation
 from jmoe.models.config import LayerGroup, LayerKind, TransformerConfig
-from jmoe.models.layers import MLP, RMSNorm, vocabulary_matmul
+from jmoe.models.layers import MLP, RMSNorm
 from jmoe.models.mesh import batch_spec, with_auto_axes
+from jmoe.models.vocabulary import vocabulary_matmul
 from jmoe.moe import MoE, MoEAux
 from jmoe.sharding import partitioned
 
@@ -168,8 +169,13 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """Computes the float32 logits of the output of `hidden`."""
+        return vocabulary_matmul(hidden, self.output_matrix)
+
+    @property
+    def output_matrix(self) -> Float[Array, "V D"]:
+        """What the output of `hidden` is multiplied with: a row for each token id."""
         embedding = self.embedding if self.output_embedding is None else self.output_embedding
-        return vocabulary_matmul(hidden, embedding.embedding[...])
+        return embedding.embedding[...]
 
     def _run(
         self,
