@@ -1,5 +1,6 @@
 """The activations of expert MLPs, plain and gated."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -40,9 +41,18 @@ def activate(activation: Activation, h: Float[Array, "*batch H"]) -> Float[Array
     A gated one computes `g(h[..., :F]) * h[..., F:]`, with g the SiLU of SwiGLU, the GELU of GEGLU or the
     ReLU of ReGLU (Shazeer, arXiv 2002.05202). GELU is the tanh approximation, as in `jax.nn.gelu`.
     """
+    parts = jnp.split(h, 2, axis=-1) if is_gated(activation) else [h]
+    return function_of_parts(activation)(*parts)
+
+
+def function_of_parts(activation: Activation) -> Callable[..., Array]:
+    """Returns an activation as an element-wise function: of gate and up where it is gated, of one array where not."""
     if callable(activation):
-        return activation(h)
+        return activation
     if is_gated(activation):
-        gate, up = jnp.split(h, 2, axis=-1)
-        return _GATES[activation](gate) * up
-    return _PLAIN[activation](h)
+        return functools.partial(_gate, _GATES[activation])
+    return _PLAIN[activation]
+
+
+def _gate(function: Callable[[Array], Array], gate: Array, up: Array) -> Array:
+    return function(gate) * up

@@ -1,7 +1,9 @@
 """Kernels for grouped matmuls on GPUs: arrays in, arrays out; nothing here knows of tokens, routers or meshes."""
 
-from pallas_kernels.grouped_matmul import Implementation, grouped_matmul, grouped_weight_gradient
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
+from pallas_kernels.implementations import Implementation
 from pallas_kernels.schedule import BlockSchedule, make_block_schedule
+from pallas_kernels.up_projection import up_projection
 
 __all__ = [
     "BlockSchedule",
@@ -9,4 +11,5 @@ __all__ = [
     "grouped_matmul",
     "grouped_weight_gradient",
     "make_block_schedule",
+    "up_projection",
 ]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,11 +11,9 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Integer
 
-from pallas_kernels import hopper
-from pallas_kernels.device import has_hopper_gpu
 from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_weight_gradient, reference, xla
+from pallas_kernels.implementations import Implementation, choose_implementation
 
-Implementation = Literal["mosaic_gpu", "xla", "reference"]
 Operation = Literal["grouped_matmul", "grouped_weight_gradient"]
 
 _BACKENDS: dict[Implementation, dict[Operation, Callable[..., Array]]] = {
@@ -33,8 +30,6 @@ _BACKENDS: dict[Implementation, dict[Operation, Callable[..., Array]]] = {
         "grouped_weight_gradient": reference.grouped_weight_gradient,
     },
 }
-_logger = logging.getLogger("pallas_kernels")
-_logged_reasons: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +206,8 @@ def _run(operation: Operation, options: _Options, first: Array, second: Array, g
         out_shape = (first.shape[0], second.shape[1 if options.transpose_rhs else 2])
     else:
         out_shape = (group_sizes.size, first.shape[1], second.shape[1])
-    name = _choose_backend(operation, options, first, second)
+    widths = *first.shape[1:], *second.shape[1:]
+    name = choose_implementation(operation, options.implementation, widths, first.dtype, options.out_dtype)
     if 0 in (*first.shape, *second.shape):
         return jnp.zeros(out_shape, options.out_dtype)
 
@@ -222,28 +218,6 @@ def _run(operation: Operation, options: _Options, first: Array, second: Array, g
         return _BACKENDS[name][operation](first, second, group_sizes, **static)
 
     return call(first, second, group_sizes)
-
-
-def _choose_backend(operation: Operation, options: _Options, first: Array, second: Array) -> Implementation:
-    chosen = options.implementation
-    if chosen is not None and chosen not in _BACKENDS:
-        raise ValueError(f"implementation is {chosen!r}; it must be None or one of {', '.join(map(repr, _BACKENDS))}.")
-    if chosen in ("xla", "reference"):
-        return chosen
-    if not has_hopper_gpu():
-        if chosen is None:
-            return "xla"
-        raise ValueError('implementation "mosaic_gpu" needs a Hopper GPU; None picks what can run here.')
-    reason = hopper.why_unsupported((*first.shape[1:], *second.shape[1:]), first.dtype, options.out_dtype)
-    if reason is None:
-        return "mosaic_gpu"
-    if chosen is None:
-        # Once, not for each matmul of a gradient and each layer of a model.
-        if reason not in _logged_reasons:
-            _logged_reasons.add(reason)
-            _logger.warning("%s runs on XLA, not on its Hopper kernel: %s", operation, reason)
-        return "xla"
-    raise ValueError(f'implementation "mosaic_gpu" cannot run this {operation}: {reason}')
 
 
 def _describe(array: Array) -> str:

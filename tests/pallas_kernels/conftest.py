@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 def _rows_of_groups(group_sizes, num_rows):
@@ -72,3 +74,22 @@ def lower_for_cuda(h100):
             return traced.lower(lowering_platforms=("cuda",)).as_text()
 
     return lower
+
+
+@pytest.fixture
+def interpret(h100):
+    """Runs `function()` on an imagined H100, where memory that nothing has written holds NaN."""
+
+    def run(function, *, num_sms=2, detect_races=False):
+        try:
+            params = plgpu.InterpretGPUParams(detect_races=detect_races)
+            with h100(num_sms), plgpu.force_gpu_interpret_mode(params):
+                out = jax.tree.map(np.asarray, function())
+            # JAX 0.11 only prints the races that it finds.
+            assert not (detect_races and gpu_callbacks.get_races().races_found)
+            return out
+        except Exception:
+            gpu_callbacks.reset_gpu_interpret_mode_state()
+            raise
+
+    return run

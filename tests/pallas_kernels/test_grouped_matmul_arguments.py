@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import grouped_matmul, grouped_weight_gradient
-from pallas_kernels.grouped_matmul import api
+from pallas_kernels import grouped_matmul, grouped_weight_gradient, implementations
 
 LHS, RHS, OUT_GRAD, SIZES = jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.ones((4, 5)), jnp.array([1, 3])
 
@@ -83,7 +82,7 @@ UNSUPPORTED = [
 def logged_reasons(monkeypatch):
     """What is remembered of the reasons that were logged: nothing yet."""
     reasons = set()
-    monkeypatch.setattr(api, "_logged_reasons", reasons)
+    monkeypatch.setattr(implementations, "_logged_reasons", reasons)
     return reasons
 
 

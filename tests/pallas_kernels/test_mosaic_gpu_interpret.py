@@ -1,14 +1,13 @@
 """The Hopper kernels in Pallas's interpreter of Mosaic GPU: barriers, copies and warpgroups as on a GPU."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_weight_gradient
@@ -32,28 +31,20 @@ class Case:
     num_sms: int = 2
     detect_races: bool = False
 
-    def run(self, h100, kernel, config, *arrays, **options):
-        """Runs a kernel on an imagined H100, where memory that nothing has written holds NaN."""
+    def run(self, interpret, kernel, config, *arrays, **options):
+        """Runs a kernel in the interpreter."""
         nan_past_groups = [a.at[sum(self.sizes) :].set(jnp.nan) if a.shape[0] == self.m else a for a in arrays]
-        try:
-            params = plgpu.InterpretGPUParams(detect_races=self.detect_races)
-            with h100(self.num_sms), plgpu.force_gpu_interpret_mode(params):
-                out = kernel(
-                    *nan_past_groups,
-                    jnp.array(self.sizes, jnp.int32),
-                    precision=None,
-                    accumulator_dtype=jnp.dtype(jnp.float32),
-                    out_dtype=jnp.dtype(self.out_dtype or self.dtype),
-                    config=config(**{"block_n": 128, "num_stages": 2} | self.config),
-                    **options,
-                )
-                out = np.asarray(out)
-            # JAX 0.11 only prints the races that it finds.
-            assert not (self.detect_races and gpu_callbacks.get_races().races_found)
-            return out
-        except Exception:
-            gpu_callbacks.reset_gpu_interpret_mode_state()
-            raise
+        call = functools.partial(
+            kernel,
+            *nan_past_groups,
+            jnp.array(self.sizes, jnp.int32),
+            precision=None,
+            accumulator_dtype=jnp.dtype(jnp.float32),
+            out_dtype=jnp.dtype(self.out_dtype or self.dtype),
+            config=config(**{"block_n": 128, "num_stages": 2} | self.config),
+            **options,
+        )
+        return interpret(call, num_sms=self.num_sms, detect_races=self.detect_races)
 
     @property
     def tolerance(self):
@@ -77,18 +68,18 @@ SIZES = [101, 0, 77, 50]  # of 250 rows, in 128-row blocks that start at multipl
     ],
     ids=str,
 )
-def test_the_grouped_matmul_matches_a_loop(case, h100, normal, loop_matmul, relative_error):
+def test_the_grouped_matmul_matches_a_loop(case, interpret, normal, loop_matmul, relative_error):
     shape = (case.n, case.k) if case.transpose_rhs else (case.k, case.n)
     lhs, rhs = normal(case.m, case.k, dtype=case.dtype), normal(len(case.sizes), *shape, dtype=case.dtype)
     kernel, config = mosaic_gpu.grouped_matmul, mosaic_gpu.Config
-    out = case.run(h100, kernel, config, lhs, rhs, transpose_rhs=case.transpose_rhs)
+    out = case.run(interpret, kernel, config, lhs, rhs, transpose_rhs=case.transpose_rhs)
     assert out.dtype == (case.out_dtype or case.dtype)
     expected = loop_matmul(lhs, rhs, case.sizes, transpose_rhs=case.transpose_rhs)
     assert relative_error(out, expected) < case.tolerance
     assert np.all(out[sum(case.sizes) :] == 0)
 
 
-def test_the_interpreter_sees_a_ring_that_is_filled_before_it_is_read(h100, normal, monkeypatch):
+def test_the_interpreter_sees_a_ring_that_is_filled_before_it_is_read(interpret, normal, monkeypatch):
     monkeypatch.setattr(hopper.Ring, "wait_for_room", lambda ring, step: None)
     monkeypatch.setattr(hopper.Ring, "drain", lambda ring, num_steps: None)
     monkeypatch.setattr(hopper.Ring, "release", lambda ring, step: None)
@@ -96,7 +87,7 @@ def test_the_interpreter_sees_a_ring_that_is_filled_before_it_is_read(h100, norm
     arrays = normal(128, 256, dtype=jnp.bfloat16), normal(1, 256, 64, dtype=jnp.bfloat16)
     # What it sees first is a matter of time: a slot that is overwritten, or a barrier that has run ahead.
     with pytest.raises((AssertionError, RuntimeError)):
-        case.run(h100, mosaic_gpu.grouped_matmul, mosaic_gpu.Config, *arrays, transpose_rhs=False)
+        case.run(interpret, mosaic_gpu.grouped_matmul, mosaic_gpu.Config, *arrays, transpose_rhs=False)
 
 
 def zero_rows(tile, first, last):
@@ -118,10 +109,10 @@ def zero_rows(tile, first, last):
     ],
     ids=str,
 )
-def test_the_weight_gradient_matches_a_loop(case, h100, normal, loop_weight_gradient, relative_error):
+def test_the_weight_gradient_matches_a_loop(case, interpret, normal, loop_weight_gradient, relative_error):
     lhs, out_grad = normal(case.m, case.k, dtype=case.dtype), normal(case.m, case.n, dtype=case.dtype, seed=1)
     kernel, config = mosaic_gpu_weight_gradient.grouped_weight_gradient, mosaic_gpu_weight_gradient.Config
-    gradient = case.run(h100, kernel, config, lhs, out_grad, zero_rows=zero_rows)
+    gradient = case.run(interpret, kernel, config, lhs, out_grad, zero_rows=zero_rows)
     assert gradient.dtype == (case.out_dtype or case.dtype)
     assert relative_error(gradient, loop_weight_gradient(lhs, out_grad, case.sizes)) < case.tolerance
     assert np.all(gradient[np.array(case.sizes) == 0] == 0)
