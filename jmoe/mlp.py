@@ -166,7 +166,7 @@ def _up(options, x, parameters, weight, dispatch):
     if parameters.b_up is not None:
         h += _of_rows(parameters.b_up, dispatch)
     h = h.astype(x.dtype)
-    return h, activate(activation, _accumulator(h)).astype(x.dtype)
+    return h, activate(options.activation, _accumulator(h)).astype(x.dtype)
 
 
 def _down(options, a, parameters, dispatch):
