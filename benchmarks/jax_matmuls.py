@@ -15,8 +15,8 @@ from pallas_kernels import Implementation, grouped_matmul, grouped_weight_gradie
 from pallas_kernels.device import has_hopper_gpu
 
 # The dense and batched products stand for cuBLAS, so XLA may not choose a Triton kernel of its own for them.
-_CUBLAS: Mapping[str, Any] = {"xla_gpu_enable_triton_gemm": False}
-_NO_AUTOTUNING: Mapping[str, Any] = {"xla_gpu_autotune_level": 0}
+CUBLAS_OPTIONS: Mapping[str, Any] = {"xla_gpu_enable_triton_gemm": False}
+NO_AUTOTUNING: Mapping[str, Any] = {"xla_gpu_autotune_level": 0}
 
 
 class JaxMatmuls:
@@ -58,7 +58,7 @@ class JaxMatmuls:
                 transposed=lambda out_grad, rhs, _: out_grad @ rhs.T,
                 weight_gradient=lambda lhs, out_grad, _: (lhs.T @ out_grad)[None],
                 num_groups=1,
-                options=_CUBLAS,
+                options=CUBLAS_OPTIONS,
             ),
             *self._of(
                 "jax_batched",
@@ -66,7 +66,7 @@ class JaxMatmuls:
                 transposed=lambda out_grad, rhs, _: batched("gmn,gkn->gmk", out_grad, rhs),
                 weight_gradient=lambda lhs, out_grad, _: jnp.einsum("gmk,gmn->gkn", by_group(lhs), by_group(out_grad)),
                 num_groups=G,
-                options=_CUBLAS,
+                options=CUBLAS_OPTIONS,
             ),
         ]
 
@@ -85,7 +85,7 @@ class JaxMatmuls:
             forward=lax.ragged_dot,
             transposed=transposed,
             weight_gradient=weight_gradient,
-            probe=_NO_AUTOTUNING,
+            probe=NO_AUTOTUNING,
         )
 
     def _of(
@@ -122,9 +122,9 @@ class JaxMatmuls:
             def prepare() -> tuple[Callable[[], Array], dict[str, Any]]:
                 lowered = jax.jit(function).lower(*operands)
                 if probe is not None:
-                    _check_memory(lowered.compile(compiler_options=dict(probe)))
+                    check_memory(lowered.compile(compiler_options=dict(probe)))
                 compiled = lowered.compile(compiler_options=dict(options or {}))
-                _check_memory(compiled)
+                check_memory(compiled)
                 return functools.partial(compiled, *operands), {
                     "custom_calls": custom_calls(compiled),
                     **(facts or {}),
@@ -160,7 +160,7 @@ def _operands(problem: Problem, seed: int) -> tuple[Array, Array, Array]:
     )
 
 
-def _check_memory(compiled: jax.stages.Compiled) -> None:
+def check_memory(compiled: jax.stages.Compiled) -> None:
     """Raises a MemoryError if a function needs more than is free, which running it finds out more slowly."""
     stats = jax.devices()[0].memory_stats()
     plan = compiled.memory_analysis()

@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,15 @@ def open_results(
         return Results(path, header, resume=options.resume)
     except ValueError as error:
         parser.error(str(error))
+
+
+def chosen[Name: str](parser: argparse.ArgumentParser, option: str, value: str, known: Iterable[Name]) -> list[Name]:
+    """Splits the value of an option at its commas; ends the program if a name is not among the known ones."""
+    by_name = {str(name): name for name in known}
+    names = value.split(",")
+    if unknown := [name for name in names if name not in by_name]:
+        parser.error(f"{option}: there is no {unknown[0]!r}; there are {', '.join(by_name)}")
+    return [by_name[name] for name in names]
 
 
 def make_console(environment: Record) -> Console:

@@ -1,0 +1,313 @@
+"""Measures whole MoE layers, given the router's logits: forward alone, and forward with backward.
+
+`python -m benchmarks.layer` takes about three minutes on one H100, most of it compilation. Without a GPU it
+measures small layers on XLA: that the program works, not what a GPU does.
+"""
+
+import gc
+import importlib
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.jax_layers import CompiledLayer, JaxLayer, LayerFunction, jmoe_layer, lax_layer, tokamax_layer
+from benchmarks.layers import (
+    CONFIGURATIONS,
+    ERROR_FACTOR,
+    ERROR_SLACK,
+    PEER_TOLERANCE,
+    ROUTINGS,
+    Configuration,
+    Layer,
+    RoutingName,
+    default_names,
+    describe,
+    measure,
+)
+from benchmarks.record import (
+    Record,
+    Results,
+    chosen,
+    describe_environment,
+    describe_failure,
+    make_console,
+    make_parser,
+    open_results,
+)
+from benchmarks.torch_layers import TorchLayer
+from benchmarks.torch_matmuls import load_torch
+
+METHOD = """\
+x, weights and the gradient of y in bfloat16, normal values, made on the device; float32 logits. jmoe: route_top_k
+and moe_mlp, in one jit. forward: y. both: y and the gradients of x, both weights and the logits, in one jit.
+backward: both - forward, in each round.
+Logits: random: independent normal values. balanced: the same, with 20 added to those of chosen experts, so that
+each expert gets R / E assignments. zipf: the same, chosen so that the expert of rank r gets about min(T, c / r)
+assignments, with the c that makes their sum R; which expert has which rank is random.
+FLOPs: 2 R D H + 2 R F D forward, with R = T K and H = 2 F (SwiGLU) or F (GELU), twice that backward. dense: one
+matmul [R, D] @ [D, H], as many operations as the up-projection (jmoe's and JAX's: through XLA without its Triton
+matmuls, so cuBLAS on NVIDIA GPUs; torch's: torch.matmul). ratio: TFLOP/s over those of dense.
+relative_error: of the compiled functions that are timed, before that, against float32 computed by plain JAX (each
+token through each expert) for 512 of the tokens; the gradient of y is zero for the others, whose gradients must
+be zero. plain_relative_error: the same of that plain computation in bfloat16. More than {factor} times it plus
+{slack} is a failure, for a peer more than {peer}.
+kept_mib: bytes between forward and backward (the leaves of jax.vjp's pullback) beside x, the parameters and the
+logits. peak_mib: what XLA plans for both beside operands and results (temp_size_in_bytes), output_mib: for the
+results. peak_with_outputs_mib: PyTorch's counter, operands not counted, results counted.
+All is compiled and warmed up first. Then {rounds} rounds, in each of which forward, both and dense have one turn,
+in random order: 30 ms of rest, one untimed call, and as many calls as fill about 15 ms, timed together. ms_median,
+ms_min and ms_max are of one call, over the rounds; spread is (ms_max - ms_min) / ms_median. Each implementation
+runs in a process of its own. Seed {seed}."""
+
+OURS, TORCH = "jmoe", "torch_grouped_mm"
+
+_JAX_LAYERS: Mapping[str, Callable[[Configuration], LayerFunction]] = {
+    OURS: jmoe_layer,
+    "jax_ragged_dot": lax_layer,
+    "tokamax": tokamax_layer,
+}
+_MODULES = {
+    TORCH: "torch",
+    "jax_ragged_dot": "jax",
+    "tokamax": "tokamax",
+    "scattermoe": "fms_acceleration_moe",
+    "sonicmoe": "sonicmoe",
+}
+PEERS = tuple(_MODULES)
+
+# After these failures the device still works; after others it may refuse everything that the process asks for.
+_HARMLESS = ("out of memory", "ArithmeticError", "NotImplementedError", "ValueError")
+
+# What the process that measures has compiled ahead.
+_compiled: dict[str, CompiledLayer] = {}
+
+
+def why_not(implementation: str, platform: str) -> str | None:
+    """Says why this process cannot measure a peer, if it cannot."""
+    try:
+        importlib.import_module(_MODULES[implementation])
+        if implementation == TORCH:
+            load_torch(platform)
+    except Exception as failure:  # packages have many ways to fail here
+        return f"not importable: {describe_failure(failure)}"
+    known = implementation == TORCH or implementation in _JAX_LAYERS
+    return None if known else "importable, but this program does not know how to call it"
+
+
+def compile_ahead(implementation: str, names: Sequence[str], jobs: int) -> float:
+    """Compiles configurations in this process, in so many threads; returns the seconds that it took."""
+    started = time.perf_counter()
+    if implementation == "jax_ragged_dot":
+        jobs = 1  # choosing among XLA's kernels runs them, and each asks for much memory
+    if implementation != TORCH:
+        with ThreadPoolExecutor(jobs) as pool:
+            for name in names:
+                layer = _JAX_LAYERS[implementation](CONFIGURATIONS[name])
+                _compiled[name] = CompiledLayer(CONFIGURATIONS[name], layer, pool, ours=implementation == OURS)
+    return time.perf_counter() - started
+
+
+def measure_configuration(
+    implementation: str, name: str, routings: Sequence[RoutingName], platform: str, *, rounds: int, seed: int
+) -> list[Record]:
+    """Measures a configuration in this process, under each routing."""
+    gc.collect()  # so that the configuration before has given its memory back
+    configuration = CONFIGURATIONS[name]
+    try:
+        layer: Layer
+        if implementation == TORCH:
+            layer = TorchLayer(load_torch(platform), configuration, seed)
+        else:
+            if name not in _compiled:
+                compile_ahead(implementation, [name], jobs=1)
+            layer = JaxLayer(_compiled[name], seed)
+    except Exception as failure:
+        return failures(implementation, name, routings, describe_failure(failure))
+    return [
+        measure(layer, configuration, routing, implementation=implementation, rounds=rounds, seed=seed)
+        for routing in routings
+    ]
+
+
+def failures(implementation: str, name: str, routings: Sequence[RoutingName], reason: str) -> list[Record]:
+    """The records of a configuration that could not be measured."""
+    record = describe(CONFIGURATIONS[name], implementation)
+    return [record | {"routing": routing, "failure": reason} for routing in routings]
+
+
+class Run:
+    """Measures layers, each implementation in a process of its own, and keeps what it finds.
+
+    Args:
+        results: Where; what is there is not measured again.
+        console: Where to say how it goes.
+        platform: JAX's.
+        rounds: Turns of each function.
+        seed: Of operands, logits and the order of turns.
+        jobs: Threads that compile.
+    """
+
+    def __init__(self, results: Results, console: Console, platform: str, *, rounds: int, seed: int, jobs: int):
+        self._results, self._console, self._platform = results, console, platform
+        self._rounds, self._seed, self._jobs = rounds, seed, jobs
+        self._started = time.monotonic()
+
+    def measure(
+        self,
+        implementation: str,
+        names: Sequence[str],
+        routings: Sequence[RoutingName],
+        process: Executor | None = None,
+    ) -> None:
+        """Measures configurations, one after the other, in this process at first; ends it, or those that replace it."""
+        missing = {name: self._missing(implementation, name, routings) for name in names}
+        missing = {name: routings for name, routings in missing.items() if routings}
+        if len(missing) < len(names):
+            self._say(f"{implementation}: {len(names) - len(missing)} of {len(names)} in {self._results.path} already")
+        spare, process = process, None
+        while missing:
+            if process is None:
+                process, spare = spare or new_process(), None
+                if implementation != OURS and (reason := self._why_not(implementation, process)):
+                    failure = {"implementation": implementation, "failure": reason}
+                    self._results.replace([*self._results.records, failure])
+                    break
+                process = self._compile(implementation, list(missing), process)
+            name = next(iter(missing))
+            records = self._measure(implementation, name, missing.pop(name), process)
+            self._results.replace([*self._results.records, *records])
+            failed = sum("failure" in record for record in records)
+            self._say(f"{implementation}, {name}: {len(records) - failed} timed, {failed} not")
+            if any(not record.get("failure", _HARMLESS[0]).startswith(_HARMLESS) for record in records):
+                process.shutdown()
+                process = None
+        for one in (process, spare):
+            if one is not None:
+                one.shutdown()
+
+    def _missing(self, implementation: str, name: str, routings: Sequence[RoutingName]) -> list[RoutingName]:
+        wanted = {"configuration": name, "implementation": implementation}
+        there = {record["routing"] for record in self._results.records if wanted.items() <= record.items()}
+        return [routing for routing in routings if routing not in there]
+
+    def _why_not(self, implementation: str, process: Executor) -> str | None:
+        try:
+            reason = process.submit(why_not, implementation, self._platform).result()
+        except BrokenProcessPool:
+            reason = "not importable: its process died"
+        if reason:
+            self._say(f"{implementation}: {reason}")
+        return reason
+
+    def _compile(self, implementation: str, names: Sequence[str], process: Executor) -> Executor:
+        """Compiles in the process; returns it, or another, without its functions, if it died."""
+        try:
+            seconds = process.submit(compile_ahead, implementation, names, self._jobs).result()
+            self._say(f"{implementation}: compiled in {seconds:.0f} s")
+        except BrokenProcessPool:
+            self._say(f"{implementation}: the process that compiled died; one thread is to compile now")
+            process, self._jobs = new_process(), 1
+        return process
+
+    def _measure(
+        self, implementation: str, name: str, routings: Sequence[RoutingName], process: Executor
+    ) -> list[Record]:
+        arguments = implementation, name, routings, self._platform
+        try:
+            task = process.submit(measure_configuration, *arguments, rounds=self._rounds, seed=self._seed)
+            return task.result()
+        except BrokenProcessPool:
+            return failures(implementation, name, routings, "its process died")
+
+    def _say(self, what: str) -> None:
+        self._console.print(f"{time.monotonic() - self._started:4.0f} s  {what}")
+
+
+def new_process() -> Executor:
+    """A process, started with its first task, which leaves this one without the device."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def show(records: Sequence[Record], title: str, console: Console) -> None:
+    """Prints a table of the records."""
+    table = Table(title=title, title_justify="left", box=None)
+    columns = ("", "routing", "implementation", "forward", "backward", "both", "of dense", "spread", "error")
+    for name in columns:
+        table.add_column(name, justify="left" if name in columns[:3] else "right")
+    last = None
+    measured = [record for record in records if "configuration" in record]
+    for record in sorted(measured, key=lambda record: list(CONFIGURATIONS).index(record["configuration"])):
+        if last not in (None, record["configuration"]):
+            table.add_row()
+        names = record["configuration"] if record["configuration"] != last else "", record["routing"]
+        last = record["configuration"]
+        if "failure" in record:
+            table.add_row(*names, record["implementation"], "-")
+            continue
+        parts = [record[operation] for operation in ("forward", "backward", "both")]
+        table.add_row(
+            *names,
+            record["implementation"],
+            *(f"{part['tflops']:.4g}" for part in parts),
+            " ".join(f"{part['ratio']:.3f}" for part in parts),
+            f"{record['both']['spread']:.1%}",
+            f"{max(record['relative_error'].values()):.1e}",
+        )
+    console.print(table)
+    for record in records:
+        if "failure" in record:
+            names = [record[key] for key in ("configuration", "routing", "implementation") if key in record]
+            console.print(f"{' '.join(names)}: {record['failure']}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; returns 1 if a layer of this project failed, and 0 otherwise."""
+    parser = make_parser("layer", __doc__)
+    parser.add_argument("--only", help=f"configurations, separated by commas: {', '.join(CONFIGURATIONS)}")
+    parser.add_argument("--routing", default="random", help=f"separated by commas: {', '.join(ROUTINGS)}")
+    parser.add_argument(
+        "--peers",
+        nargs="?",
+        default="",
+        const=",".join(PEERS),
+        help=f"measure these too, or all that are there: {', '.join(PEERS)}",
+    )
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="threads that compile")
+    options = parser.parse_args(arguments)
+    for name in ("rounds", "jobs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    routings = chosen(parser, "--routing", options.routing, ROUTINGS)
+    peers = chosen(parser, "--peers", options.peers, PEERS) if options.peers else []
+    names = chosen(parser, "--only", options.only, CONFIGURATIONS) if options.only else None
+
+    process = new_process()
+    environment = process.submit(describe_environment).result()
+    platform = environment["hardware"]["platform"]
+    console = make_console(environment)
+    method = METHOD.format(
+        rounds=options.rounds, seed=options.seed, factor=ERROR_FACTOR, slack=ERROR_SLACK, peer=PEER_TOLERANCE
+    )
+    results = open_results(parser, options, method, environment)
+    # A peer that was missing may be there now.
+    results.replace([record for record in results.records if "configuration" in record])
+    run = Run(results, console, platform, rounds=options.rounds, seed=options.seed, jobs=options.jobs)
+    names = names or default_names(platform)
+    run.measure(OURS, names, routings, process)
+    for peer in peers:
+        run.measure(peer, names, routings)
+    show(results.records, f"{environment['hardware']['device']}, bfloat16, TFLOP/s", console)
+    console.print(f"Written to {results.path}")
+    ours = [record for record in results.records if record["implementation"] == OURS]
+    return int(any("failure" in record for record in ours))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

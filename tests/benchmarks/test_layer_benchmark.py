@@ -1,0 +1,283 @@
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import layer, memory
+from benchmarks.jax_layers import RESULTS, CompiledLayer, JaxLayer, jmoe_layer, kept_bytes, lax_layer, plain_layer
+from benchmarks.layers import (
+    CONFIGURATIONS,
+    Configuration,
+    draw_logits,
+    group_sizes,
+    inclusion,
+    judge,
+    measure,
+    sample_tokens,
+    summarize_layer,
+)
+from benchmarks.timing import Variant
+from benchmarks.torch_layers import TorchLayer
+
+ROOT = Path(__file__).parents[2]
+SMALL = Configuration("small", T=600, D=16, F=8, E=6, K=2)
+
+
+def _environment():
+    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def _compile(function, configuration=SMALL):
+    with ThreadPoolExecutor(1) as pool:
+        return CompiledLayer(configuration, function, pool)
+
+
+class _Layer:
+    """A layer that computes nothing."""
+
+    def __init__(self, errors=None, plain_errors=None, run=lambda: None):
+        self._errors, self._plain_errors, self._run = errors or {"y": 1e-3}, plain_errors, run
+
+    def route(self, logits):
+        assert logits.shape == (SMALL.T, SMALL.E)
+
+    def check(self):
+        return self._errors, self._plain_errors
+
+    def facts(self):
+        return {"kept_mib": 1.0}
+
+    def variants(self):
+        return dict.fromkeys(("forward", "both", "dense"), Variant(self._run, lambda _: None))
+
+
+def _measure(layer):
+    return measure(layer, SMALL, "random", implementation="jmoe", rounds=2, seed=0)
+
+
+def test_the_program_measures_layers_and_continues_its_file(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "results.json"
+    arguments = ["--only", "tiny", "--rounds", "2", "--out", str(file)]
+    program = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "benchmarks.layer", *arguments, "--routing", "random,zipf"],
+        cwd=ROOT,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert program.returncode == 0, program.stderr
+    assert "says nothing of a GPU's speed" in program.stdout
+    content = json.loads(file.read_text())
+    assert content["hardware"]["platform"] == "cpu"
+    assert "Then 2 rounds" in content["method"]
+    flops = 6 * 256 * 2 * 64 * 64
+    for record, routing in zip(content["records"], ("random", "zipf"), strict=True):
+        assert (record["configuration"], record["routing"], record["implementation"]) == ("tiny", routing, "jmoe")
+        assert record["relative_error"].keys() == record["plain_relative_error"].keys() == set(RESULTS)
+        assert all(0 < error < 6e-3 for error in record["relative_error"].values())
+        assert record["forward"]["tflops"] == pytest.approx(flops / record["forward"]["ms_median"] / 1e9)
+        assert record["both"]["tflops"] == pytest.approx(3 * flops / record["both"]["ms_median"] / 1e9)
+        assert record["both"]["ratio"] == pytest.approx(record["both"]["tflops"] / record["dense"]["tflops"])
+        # The pre-activations, and integers and what the router keeps.
+        assert 2 * 512 * 128 <= record["kept_mib"] * 2**20 < 2 * 2 * 512 * 128
+        assert record["backend"] == "xla"
+
+    monkeypatch.setattr(layer, "new_process", lambda: ThreadPoolExecutor(1))
+    monkeypatch.setattr(layer, "measure", lambda *_, **__: pytest.fail("this was to be skipped"))
+    resume = [*arguments, "--resume", "--peers", "sonicmoe"]
+    assert layer.main(resume) == 0
+    *records, peer = json.loads(file.read_text())["records"]
+    assert records == content["records"]
+    assert peer["implementation"] == "sonicmoe"
+    assert "importable" in peer["failure"]
+    assert layer.main(resume) == 0
+    assert json.loads(file.read_text())["records"] == [*records, peer]
+    assert "1 of 1 in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "olmo"], "there is no 'olmo'"),
+        (["--routing", "random,even"], "there is no 'even'"),
+        (["--peers", "tutel"], "there is no 'tutel'"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+    ],
+)
+def test_arguments_that_are_not_known_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        layer.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_configuration_whose_process_dies_is_recorded_and_the_next_is_measured(tmp_path, monkeypatch):
+    class Dying(ThreadPoolExecutor):
+        def submit(self, function, *arguments, **options):
+            if function is layer.measure_configuration and "tiny" in arguments:
+                raise BrokenProcessPool
+            return super().submit(function, *arguments, **options)
+
+    def measure_none(implementation, name, routings, *_, **__):
+        return [{"configuration": name, "implementation": implementation, "routing": routing} for routing in routings]
+
+    processes = []
+
+    def new_process():
+        processes.append(Dying(1))
+        return processes[-1]
+
+    monkeypatch.setattr(layer, "new_process", new_process)
+    monkeypatch.setattr(layer, "compile_ahead", lambda *_: 0.0)
+    monkeypatch.setattr(layer, "measure_configuration", measure_none)
+    monkeypatch.setattr(layer, "show", lambda *_: None)
+    file = tmp_path / "results.json"
+    assert layer.main(["--only", "tiny,tiny-gelu", "--out", str(file)]) == 1
+    dead, fine = json.loads(file.read_text())["records"]
+    assert (dead["configuration"], dead["failure"]) == ("tiny", "its process died")
+    assert fine["configuration"] == "tiny-gelu"
+    assert "failure" not in fine
+    assert len(processes) == 2
+
+
+def test_a_layer_that_is_wrong_is_recorded_and_not_timed():
+    calls = []
+    record = _measure(_Layer({"y": 3e-3, "x": 7e-3}, {"y": 3e-3, "x": 5e-3}, lambda: calls.append(0)))
+    assert record["failure"] == "ArithmeticError: relative error 0.007 of x, more than 0.0065"
+    assert record["relative_error"] == {"y": 3e-3, "x": 7e-3}
+    assert not calls
+    assert "ms_median" not in record
+    record = _measure(_Layer({"y": float("nan")}))
+    assert "relative error nan" in record["failure"]
+    assert record["relative_error"] == {"y": None}
+    judge({"y": 0.01}, None)
+    with pytest.raises(ArithmeticError, match=r"more than 0\.02"):
+        judge({"y": 0.03}, None)
+
+
+def test_a_layer_that_fails_while_it_is_timed_is_recorded():
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    assert "illegal memory access" in _measure(_Layer(run=fail))["failure"]
+
+
+def test_the_backward_takes_what_both_take_beyond_the_forward():
+    seconds = {"forward": [1e-3, 2e-3, 3e-3], "both": [4e-3, 6e-3, 8e-3], "dense": [1e-3] * 3}
+    summary = summarize_layer(seconds, SMALL)
+    assert summary["backward"]["ms_median"] == pytest.approx(4)
+    assert (summary["backward"]["ms_min"], summary["backward"]["ms_max"]) == (pytest.approx(3), pytest.approx(5))
+    up = 2 * 1200 * 16 * 16
+    assert summary["dense"]["tflops"] == pytest.approx(up / 1e-3 / 1e12)
+    assert summary["both"]["tflops"] == pytest.approx(3 * 1.5 * up / 6e-3 / 1e12)
+    assert summary["both"]["ratio"] == pytest.approx(3 * 1.5 / 6)
+
+
+def test_operations_are_counted_as_the_papers_count_them():
+    olmoe, dmoe = CONFIGURATIONS["olmoe"], CONFIGURATIONS["dMoE-XS"]
+    assert olmoe.flops("forward") == 6 * 32_768 * 8 * 2048 * 1024
+    assert olmoe.flops("backward") == 2 * olmoe.flops("forward")
+    assert dmoe.flops("both") == 3 * 4 * 65_536 * 512 * 2048
+    assert olmoe.up_flops == 2 * olmoe.R * 2048 * 2048
+
+
+@pytest.mark.parametrize(
+    "configuration", [SMALL, Configuration("", 500, 8, 8, 16, 5), Configuration("", 640, 8, 8, 4, 4)]
+)
+def test_routings_spread_the_assignments_as_they_are_named(configuration):
+    T, E, K = configuration.T, configuration.E, configuration.K
+    for routing in ("random", "balanced", "zipf"):
+        logits = draw_logits(configuration, routing, seed=1)
+        assert logits.dtype == np.float32
+        assert np.array_equal(logits, draw_logits(configuration, routing, seed=1))
+        sizes = group_sizes(configuration, logits)
+        assert sizes.sum() == T * K
+        assert sizes.max() <= T
+        if routing == "balanced":
+            assert np.abs(sizes - T * K / E).max() <= (K if T % E else 0)
+        if routing == "zipf":
+            expected = T * inclusion(1 / np.arange(1, E + 1), K)
+            assert np.allclose(np.sort(sizes)[::-1], expected, atol=5 * np.sqrt(T) / 2)
+
+
+def test_experts_are_chosen_in_proportion_to_their_popularity_but_once():
+    assert inclusion(np.array([1, 8, 2, 1.0]), 2) == pytest.approx([0.25, 1, 0.5, 0.25])
+    assert inclusion(np.array([8, 4, 2, 1.0]), 4) == pytest.approx([1, 1, 1, 1])
+    assert inclusion(np.array([2, 1, 1.0]), 1) == pytest.approx([0.5, 0.25, 0.25])
+
+
+def test_the_sample_has_the_first_and_the_last_token_and_each_once():
+    for configuration in (SMALL, CONFIGURATIONS["tiny"], CONFIGURATIONS["olmoe"]):
+        tokens = sample_tokens(configuration)
+        assert (tokens[0], tokens[-1]) == (0, configuration.T - 1)
+        assert len(set(tokens.tolist())) == len(tokens) == min(512, configuration.T)
+
+
+def test_the_plain_layer_is_the_layer(relative_error):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (SMALL.T, 16), (6, 16, 16), (6, 8, 16), (SMALL.T, 6)
+    operands = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    both = [jax.vjp(make(SMALL), *operands) for make in (jmoe_layer, plain_layer, lax_layer)]
+    (y, gradients), *others = [(y, jax.jit(pull_back)(jnp.ones_like(y))) for y, pull_back in both]
+    for other_y, other_gradients in others:
+        assert relative_error(other_y, y) < 1e-5
+        assert all(relative_error(*pair) < 1e-5 for pair in zip(other_gradients, gradients, strict=True))
+
+
+def test_the_check_sees_a_wrong_gradient_and_a_gradient_of_a_token_that_has_none():
+    right = jmoe_layer(SMALL)
+
+    def wrong(x, w_up, w_down, logits):
+        y = right(x, w_up, w_down, jax.lax.stop_gradient(logits))
+        # Zero, but each token's gradient reaches the token after it.
+        return y + jnp.roll(x, 1, axis=0) - jax.lax.stop_gradient(jnp.roll(x, 1, axis=0))
+
+    layer = JaxLayer(_compile(wrong), seed=0)
+    layer.route(draw_logits(SMALL, "random", 0))
+    errors, plain_errors = layer.check()
+    assert plain_errors is not None
+    assert all(error < 6e-3 for error in plain_errors.values())
+    assert errors["logits"] == 1
+    assert errors["x"] > 0.5
+    assert all(errors[name] < 6e-3 for name in ("y", "y_with_backward", "w_up", "w_down"))
+
+
+def test_what_is_kept_does_not_count_the_operands():
+    shape = jax.ShapeDtypeStruct((4, 8), jnp.bfloat16)
+    assert kept_bytes(lambda x, w, *_: x * w, [shape] * 4) == 0
+    assert kept_bytes(lambda x, w, *_: jnp.sin(x) * w, [shape] * 4) == 2 * 2 * 4 * 8  # sin(x) and cos(x)
+
+
+def test_memory_is_recorded_without_running_anything(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "results.json"
+    arguments = ["--only", "tiny", "--jobs", "1", "--out", str(file)]
+    assert memory.main(arguments) == 0
+    [record] = json.loads(file.read_text())["records"]
+    assert record["kept_mib"] * 2**20 > 2 * 512 * 128
+    assert record["peak_mib"] > record["kept_mib"]
+    # y and the gradients of x, the weights and the logits.
+    results = 2 * 256 * 64 * 2 + 8 * 64 * 192 * 2 + 256 * 8 * 4
+    assert results <= record["output_mib"] * 2**20 < results + 1000
+    assert "tiny" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "CompiledLayer", lambda *_, **__: pytest.fail("this was to be skipped"))
+    assert memory.main([*arguments, "--resume"]) == 0
+    assert json.loads(file.read_text())["records"] == [record]
+
+
+def test_pytorchs_layer_is_right():
+    torch = pytest.importorskip("torch")
+    for name in ("tiny", "tiny-gelu"):
+        configuration = CONFIGURATIONS[name]
+        layer = TorchLayer(torch, configuration, seed=0)
+        layer.route(draw_logits(configuration, "zipf", 0))
+        errors, _ = layer.check()
+        assert errors.keys() == {"y", "x", "w_up", "w_down", "logits"}
+        assert all(error < 1e-2 for error in errors.values())
