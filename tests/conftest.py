@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -12,6 +13,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # The pool has a thread for each core unless this says otherwise; with fewer than warpgroups they would wait
 # for ever.
 os.environ.setdefault("NPROC", "16")
+if not shutil.which("nvidia-smi"):
+    # Most programs here run for milliseconds: optimizing them would be most of the time. On a GPU the tests are
+    # to see the programs that users run.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import jax
 import jaxtyping

@@ -9,14 +9,6 @@ from flax import nnx
 from jmoe.models import Transformer, TransformerConfig
 
 
-@pytest.fixture(scope="package", autouse=True)
-def quick_compilation():
-    """These models run for milliseconds: optimizing their programs would be most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session")
 def config():
     """Dense, dense, MoE: a dense first layer, then one MoE layer in two."""
