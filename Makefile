@@ -31,6 +31,7 @@ lint: $(VENV)/installed-dev ## Check style, formatting and types
 
 bench: $(VENV)/installed ## Measure the kernels and the layer on this machine's GPU
 	$(VENV)/bin/python -m benchmarks.grouped_matmul
+	$(VENV)/bin/python -m benchmarks.layer
 
 clean: ## Delete environments, builds and caches; keep runs
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

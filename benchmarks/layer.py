@@ -6,6 +6,7 @@ measures small layers on XLA: that the program works, not what a GPU does.
 
 import gc
 import importlib
+import importlib.metadata
 import multiprocessing
 import os
 import time
@@ -129,8 +130,9 @@ def measure_configuration(
             layer = JaxLayer(_compiled[name], seed)
     except Exception as failure:
         return failures(implementation, name, routings, describe_failure(failure))
+    version = {} if implementation == OURS else {"peer_version": importlib.metadata.version(_MODULES[implementation])}
     return [
-        measure(layer, configuration, routing, implementation=implementation, rounds=rounds, seed=seed)
+        measure(layer, configuration, routing, implementation=implementation, rounds=rounds, seed=seed) | version
         for routing in routings
     ]
 

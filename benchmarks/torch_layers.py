@@ -74,8 +74,8 @@ class TorchLayer:
         return errors, None
 
     def facts(self) -> Record:
-        """Memory, and the version of PyTorch."""
-        return {"torch": self._torch.__version__, "torch_cuda": self._torch.version.cuda, **self._memory}
+        """Memory, and the version of CUDA."""
+        return {"torch_cuda": self._torch.version.cuda, **self._memory}
 
     def variants(self) -> dict[str, Variant]:
         """What to time."""

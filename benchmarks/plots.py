@@ -1,0 +1,57 @@
+"""Draws the speed of whole layers, this project's beside others'."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks import peers
+from benchmarks.layers import CONFIGURATIONS
+from benchmarks.record import Record
+
+# Blue for ours; the others told apart by every kind of colour vision, and in print.
+_OURS = "#4477AA"
+_PEERS = ("#EE7733", "#BBBBBB", "#777777", "#CCBB44", "#AA3377")
+
+
+def plot_layers(records: Sequence[Record], device: str, path: Path) -> None:
+    """Draws TFLOP/s of forward, and of forward and backward, for each configuration with random routing.
+
+    Args:
+        records: Of `python -m benchmarks.layer`; those of this project that were timed are drawn.
+        device: What they were measured on. Figures of others are drawn if they are from such a device too.
+        path: The image file, replaced if it is there.
+    """
+    ours = timed_with_random_routing(records)
+    names = [name for name in CONFIGURATIONS if name in ours]
+    others = peers.LAYERS if device == peers.DEVICE else {}
+    figure = Figure(figsize=(1.5 + 1.25 * max(len(names), 4), 7), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, operation, label in zip(panels, ("forward", "both"), ("forward", "forward and backward"), strict=True):
+        width = 0.84 / (1 + len(others))
+        left = width / 2 - 0.42
+        heights = [ours[name][operation]["tflops"] for name in names]
+        bars = axes.bar([place + left for place in range(len(names))], heights, width, color=_OURS, label="jmoe")
+        axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
+        for (peer, figures), colour in zip(others.items(), _PEERS, strict=False):
+            left += width
+            of_peer = [(place, figures[name]) for place, name in enumerate(names) if name in figures]
+            heights = [getattr(tflops, operation) for _, tflops in of_peer]
+            axes.bar([place + left for place, _ in of_peer], heights, width, color=colour, label=peer)
+        axes.set_ylabel(f"TFLOP/s, {label}")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_title(f"MoE layers on one {device}, bfloat16, random routing")
+    panels[1].set_xticks(range(len(names)), names)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def timed_with_random_routing(records: Sequence[Record]) -> dict[str, Record]:
+    """This project's records with random routing, of those that were timed, by configuration."""
+    return {
+        record["configuration"]: record
+        for record in records
+        if record["implementation"] == "jmoe" and record["routing"] == "random" and "failure" not in record
+    }

@@ -1,0 +1,332 @@
+"""Writes docs/performance.md and its images from the newest results of each program on each device.
+
+`python -m benchmarks.report`, after any change in `benchmarks/results/`; a test compares the page with the results.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks import peers
+from benchmarks.layers import CONFIGURATIONS, ROUTINGS
+from benchmarks.plots import plot_layers, timed_with_random_routing
+from benchmarks.record import RESULTS, Record
+
+DOCS = Path(__file__).parents[1] / "docs"
+IMAGES = Path("images")
+
+_HEAD = """\
+# Performance
+
+This page is made by `python -m benchmarks.report` from the newest file of each program and device in
+[`benchmarks/results/`](../benchmarks/results). A file tells the hardware, the versions and the method, and has what is
+left out here: medians with their extremes, relative errors, each implementation that was measured.
+
+Machines of one kind differ by several percent, and so does one machine from day to day. So compare figures of one run,
+or ratios to the dense matmuls that each run times beside its own.
+"""
+
+_REPRODUCE = """\
+## How to reproduce
+
+```bash
+python -m benchmarks.grouped_matmul
+python -m benchmarks.layer --routing random,zipf
+python -m benchmarks.layer --routing random,zipf --resume --peers
+python -m benchmarks.memory
+python -m benchmarks.train_step
+python -m benchmarks.report
+```
+
+Each program has `--help`, writes a result as soon as it has it, and goes on with a file by `--resume`. `--peers`
+measures other implementations too, those that can be imported, each in a process of its own. Nothing is timed before
+its results were compared with float32.
+"""
+
+
+def newest(folder: Path) -> list[Record]:
+    """Reads the results; returns the newest of each program and device, ordered by these."""
+    contents: dict[tuple[str, str], Record] = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8")) | {"file": path.name}
+        content["program"] = content["program"].rpartition(".")[2]
+        key = content["program"], content["hardware"]["device"]
+        if key not in contents or contents[key]["date"] < content["date"]:
+            contents[key] = content
+    return [contents[key] for key in sorted(contents)]
+
+
+def make_page(contents: Sequence[Record]) -> str:
+    """Makes the page of what `newest` gives."""
+
+    def of(*programs: str) -> list[Record]:
+        return [content for content in contents if content["program"] in programs]
+
+    parts = [
+        _HEAD,
+        _LAYER,
+        *_each(of("layer"), _layer_tables),
+        _MEMORY,
+        *_each(_newest_memory(of("layer", "memory")), _memory_tables),
+        _GROUPED_MATMUL,
+        *_each(of("grouped_matmul"), _grouped_matmul_tables),
+        _TRAIN_STEP,
+        *_each(of("train_step"), _train_step_tables),
+        _REPRODUCE,
+    ]
+    return "\n".join(parts)
+
+
+def image_path(content: Record) -> Path:
+    """Where the plot of a layer's results goes, relative to the page."""
+    device = re.sub(r"[^a-z0-9]+", "-", content["hardware"]["device"].lower()).strip("-")
+    return IMAGES / f"layer-{device}.png"
+
+
+_LAYER = """\
+## Whole layers
+
+From the router's logits to the layer's output, and back to the gradients of the input, both weights and the logits, in
+TFLOP/s. *Of dense* is forward and backward as a share of the speed of one dense matmul (cuBLAS) that takes as many
+operations as the layer's up-projection. *Error* is the largest of the relative errors against float32, of y and of
+every gradient, as a multiple of what plain JAX in bfloat16 has. Configurations are those of
+[`benchmarks/layers.py`](../benchmarks/layers.py). Routing *random* is that of independent normal logits; with *zipf*
+the popularity of experts follows Zipf's law: the one of rank r gets a share in proportion to 1/r, but no token twice;
+with *balanced* all get the same.
+"""
+
+_OPERATIONS = "forward", "backward", "both"
+
+_BESIDE_LAYERS = """\
+Beside others, forward / backward / both, random routing. Their figures were measured once, on other machines of the
+kind; [`benchmarks/peers.py`](../benchmarks/peers.py) has the versions.
+"""
+
+_MEMORY = """\
+## Memory of whole layers
+
+In MiB. *Kept* lives from forward to backward, beside the layer's input, parameters and logits. *Peak* is what the
+compiled forward and backward takes beside operands and results; with the results, which are y and the gradients of
+input, weights and logits, it is in the next column.
+"""
+
+_GROUPED_MATMUL = """\
+## Grouped matmuls
+
+`pallas_kernels` on the up-projections of four models, in TFLOP/s. *Of cuBLAS* is the ratio to the faster of dense and
+batched matmuls of as many operations, through JAX or PyTorch; *of grouped_mm* that to PyTorch's grouped_mm. All of it
+is from the same run.
+"""
+
+_TRAIN_STEP = """\
+## Training steps
+
+OLMoE cut to some of its 16 layers: forward, backward and AdamW on random tokens. *bf16* has parameters and moments in
+bfloat16 and clips nothing; *program* is what the training program does by default, with float32 master weights and
+moments, and clipping.
+"""
+
+
+_BESIDE_STEPS = """\
+The same model with 4 layers, batch 4 x 4096, bfloat16, in Hugging Face transformers 5.17 on PyTorch's grouped_mm,
+measured once on another machine of the kind:
+"""
+
+
+def _each(contents: Sequence[Record], tables: Callable[[Record], list[str]]) -> list[str]:
+    if not contents:
+        return ["No results yet.\n"]
+    return [part for content in contents for part in (_origin(content), *tables(content))]
+
+
+def _origin(content: Record) -> str:
+    hardware, versions = content["hardware"], content["versions"]
+    commits = sorted({record["commit"] for record in content["records"] if record.get("commit")})
+    commit = f", commit {', '.join(commits)}" if commits else ""
+    file = f"[`{content['file']}`](../benchmarks/results/{content['file']})"
+    return f"**{hardware['device']}**, {content['date'][:10]}, JAX {versions['jax']}{commit}: {file}.\n"
+
+
+def _layer_tables(content: Record) -> list[str]:
+    records = sorted(_with_configuration(content), key=_layer_order)
+    random = timed_with_random_routing(records)
+    rows = []
+    for record in records:
+        names = record["configuration"], record["routing"], _implementation(record)
+        if "failure" in record:
+            rows.append((*names, *"------"))
+            continue
+        beside = random.get(record["configuration"]) if record["implementation"] == "jmoe" else None
+        of_random = record["both"]["tflops"] / beside["both"]["tflops"] if beside else None
+        rows.append(
+            (
+                *names,
+                *(f"{record[operation]['tflops']:.0f}" for operation in _OPERATIONS),
+                f"{record['both']['ratio']:.3f}",
+                f"{of_random:.3f}" if of_random and record["routing"] != "random" else "",
+                _error(record),
+            )
+        )
+    head = "", "routing", "implementation", *_OPERATIONS, "of dense", "of random", "error"
+    parts = [_table(head, rows, 3), *_failures(records)]
+    if random and content["hardware"]["device"] == peers.DEVICE:
+        parts += [_BESIDE_LAYERS, _table(("", "jmoe", *peers.LAYERS), map(_beside_layers, random.values()), 1)]
+    if random:
+        parts.append(f"![TFLOP/s of each configuration as bars]({image_path(content).as_posix()})\n")
+    return parts
+
+
+def _beside_layers(record: Record) -> list[str]:
+    name = record["configuration"]
+    ours = peers.Tflops(*(record[operation]["tflops"] for operation in _OPERATIONS))
+    others = [figures.get(name) for figures in peers.LAYERS.values()]
+    return [name, *(" / ".join(f"{part:.0f}" if part else "-" for part in tflops or ()) for tflops in (ours, *others))]
+
+
+def _newest_memory(contents: Sequence[Record]) -> list[Record]:
+    """The newest results with memory of each device, whichever program made them."""
+    by_device: dict[str, Record] = {}
+    for content in contents:
+        device = content["hardware"]["device"]
+        if any("peak_mib" in record for record in content["records"]) and (
+            device not in by_device or by_device[device]["date"] < content["date"]
+        ):
+            by_device[device] = content
+    return [by_device[device] for device in sorted(by_device)]
+
+
+def _memory_tables(content: Record) -> list[str]:
+    # A layer's memory does not depend on the routing.
+    records = {
+        record["configuration"]: record
+        for record in _with_configuration(content)
+        if record["implementation"] == "jmoe" and "peak_mib" in record
+    }
+    beside = peers.MEMORY if content["hardware"]["device"] == peers.DEVICE else {}
+    rows = []
+    for name in sorted(records, key=_place):
+        record = records[name]
+        figures = [record["kept_mib"], record["peak_mib"], record["peak_mib"] + record["output_mib"]]
+        others = [figures.get(name) for figures in beside.values()]
+        pairs = [f"{other.kept:,} / {other.peak:,}" if other else "" for other in others]
+        rows.append((name, *(f"{figure:,.0f}" for figure in figures), *pairs))
+    parts = [_table(("", "kept", "peak", "with results", *beside), rows, 1)]
+    if beside:
+        parts.append("Of others: kept / peak above inputs and parameters, by PyTorch's counter.\n")
+    return parts
+
+
+def _grouped_matmul_tables(content: Record) -> list[str]:
+    by_key = {
+        (record["configuration"], record["operation"], record["implementation"]): record
+        for record in content["records"]
+    }
+    ours = [record for record in content["records"] if record["implementation"] == "pallas_kernels"]
+    rows = []
+    for record in ours:
+        key = record["configuration"], record["operation"]
+        names = key[0], key[1].replace("_", " ")
+        torch, lax = by_key.get((*key, "torch_grouped_mm"), {}), by_key.get((*key, "jax_ragged_dot"), {})
+        if "failure" in record:
+            rows.append((*names, *"----"))
+            continue
+        rows.append(
+            (
+                *names,
+                f"{record['tflops']:.0f}",
+                f"{record['ratio']:.3f}" if "ratio" in record else "",
+                f"{record['tflops'] / torch['tflops']:.3f}" if "tflops" in torch else "",
+                f"{lax['tflops']:.0f}" if "tflops" in lax else lax.get("failure", "").partition(":")[0],
+            )
+        )
+    head = "", "operation", "pallas_kernels", "of cuBLAS", "of grouped_mm", "`jax.lax.ragged_dot`"
+    return [_table(head, rows, 2), *_failures(ours)]
+
+
+def _train_step_tables(content: Record) -> list[str]:
+    rows = []
+    for record in content["records"]:
+        names = record["setting"], record.get("preset", ""), str(record.get("num_layers", "")), record.get("remat", "")
+        if "failure" in record:
+            rows.append((*names, "", *"----"))
+            continue
+        peak = record["peak_gib"]
+        rows.append(
+            (
+                *names,
+                f"{record['batch_size']} x {record['sequence_length']}",
+                f"{record['tokens_per_second']:,.0f}",
+                f"{1e3 * record['seconds_median']:.1f}",
+                f"{record['model_tflops']:.0f}",
+                "" if peak is None else f"{peak:.1f}",
+            )
+        )
+    head = "", "model", "layers", "remat", "batch", "tokens/s", "ms", "model TFLOP/s", "peak GiB"
+    parts = [_table(head, rows, 5), *_failures(content["records"])]
+    if content["hardware"]["device"] == peers.DEVICE:
+        others = [(name, f"{step.tokens_per_second:,}", f"{step.peak_gib:.1f}") for name, step in peers.STEPS.items()]
+        parts += [_BESIDE_STEPS, _table(("", "tokens/s", "peak GiB"), others, 1)]
+    return parts
+
+
+def _with_configuration(content: Record) -> list[Record]:
+    """Leaves out peers that could not be imported."""
+    return [record for record in content["records"] if "configuration" in record]
+
+
+def _layer_order(record: Record) -> tuple[int, bool, str, int]:
+    name, implementation = record["configuration"], record["implementation"]
+    return _place(name), implementation != "jmoe", implementation, ROUTINGS.index(record["routing"])
+
+
+def _place(name: str) -> int:
+    return list(CONFIGURATIONS).index(name)
+
+
+def _implementation(record: Record) -> str:
+    return " ".join(filter(None, (record["implementation"], record.get("peer_version"))))
+
+
+def _error(record: Record) -> str:
+    plain = record.get("plain_relative_error", {})
+    # That of the logits is zero where K = 1.
+    ratios = [error / plain[name] for name, error in record["relative_error"].items() if plain.get(name)]
+    return f"{max(ratios):.2f}" if ratios else ""
+
+
+def _failures(records: Sequence[Record]) -> list[str]:
+    lines = []
+    for record in records:
+        if "failure" in record:
+            keys = "setting", "configuration", "routing", "operation", "implementation"
+            names = ", ".join(record[key] for key in keys if key in record)
+            lines.append(f"- {names}: `{record['failure']}`\n")
+    return ["Without figures:\n", "".join(lines)] if lines else []
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+    """A Markdown table whose first columns are aligned to the left, and the others to the right."""
+    rule = ["---"] * left + ["--:"] * (len(head) - left)
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program."""
+    parser = argparse.ArgumentParser("python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the page")
+    options = parser.parse_args(arguments)
+    contents = newest(options.results)
+    for content in contents:
+        if content["program"] == "layer" and timed_with_random_routing(content["records"]):
+            plot_layers(content["records"], content["hardware"]["device"], options.docs / image_path(content))
+    page = options.docs / "performance.md"
+    page.write_text(make_page(contents), encoding="utf-8")
+    print(f"Written to {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,142 @@
+import json
+
+from benchmarks import peers, report
+from benchmarks.plots import plot_layers
+from benchmarks.record import RESULTS
+
+
+def _content(program, records, *, device=peers.DEVICE, date="2026-01-02T00:00:00+00:00"):
+    return {
+        "program": f"python -m benchmarks.{program}",
+        "date": date,
+        "hardware": {"device": device},
+        "versions": {"jax": "0.11.2"},
+        "records": records,
+    }
+
+
+def _layer(configuration, tflops, **more):
+    parts = {part: {"tflops": tflops, "ratio": tflops / 800} for part in ("forward", "backward", "both")}
+    errors = {"y": 3e-3, "x": 5e-3, "logits": 0.0}
+    return {
+        "configuration": configuration,
+        "routing": "random",
+        "implementation": "jmoe",
+        "commit": "0123abc",
+        "relative_error": errors,
+        "plain_relative_error": errors | {"x": 4e-3},
+        **parts,
+        **more,
+    }
+
+
+def _page(tmp_path, *contents):
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}.json").write_text(json.dumps(content))
+    return report.make_page(report.newest(tmp_path))
+
+
+def test_the_committed_page_is_that_of_the_committed_results():
+    page = (report.DOCS / "performance.md").read_text(encoding="utf-8")
+    expected = report.make_page(report.newest(RESULTS))
+    assert page == expected, "run python -m benchmarks.report and commit docs/"
+
+
+def test_a_layer_stands_beside_its_random_routing_and_beside_others(tmp_path):
+    failure = {
+        "configuration": "qwen3",
+        "routing": "random",
+        "implementation": "torch_grouped_mm",
+        "failure": "out of memory: asks for much",
+    }
+    peer = _layer("olmoe", 400, implementation="tokamax", peer_version="0.0.17")
+    del peer["plain_relative_error"]
+    page = _page(
+        tmp_path,
+        _content(
+            "layer",
+            [
+                failure,
+                peer,
+                _layer("olmoe", 540, routing="zipf"),
+                _layer("olmoe", 600, kept_mib=1029.4, peak_mib=3000.0, output_mib=1024.0),
+                {"implementation": "sonicmoe", "failure": "not importable: ImportError: no"},
+            ],
+        ),
+    )
+    rows = [line for line in page.splitlines() if line.startswith(("| olmoe", "| qwen3"))]
+    assert rows == [
+        "| olmoe | random | jmoe | 600 | 600 | 600 | 0.750 |  | 1.25 |",
+        "| olmoe | zipf | jmoe | 540 | 540 | 540 | 0.675 | 0.900 | 1.25 |",
+        "| olmoe | random | tokamax 0.0.17 | 400 | 400 | 400 | 0.500 |  |  |",
+        "| qwen3 | random | torch_grouped_mm | - | - | - | - | - | - |",
+        "| olmoe | 600 / 600 / 600 | 558 / 521 / 533 | 410 / 434 / 426 | 316 / 320 / 318 | 334 / 335 / 334 "
+        "| 242 / - / 128 |",
+        "| olmoe | 1,029 | 3,000 | 4,024 | 1,029 / 3,078 | 4,098 / 5,250 | 3,076 / 3,973 |",
+    ]
+    assert "- qwen3, random, torch_grouped_mm: `out of memory: asks for much`" in page
+    assert "2026-01-02, JAX 0.11.2, commit 0123abc: [`0.json`](../benchmarks/results/0.json)" in page
+    assert "(images/layer-nvidia-h100-80gb-hbm3.png)" in page
+
+
+def test_only_the_newest_results_of_a_program_and_device_are_shown(tmp_path):
+    page = _page(
+        tmp_path,
+        _content("layer", [_layer("olmoe", 222)], date="2026-01-04T00:00:00+00:00"),
+        _content("layer", [_layer("olmoe", 111)], date="2026-01-03T00:00:00+00:00"),
+        _content("layer", [_layer("olmoe", 333)], device="NVIDIA H200"),
+    )
+    assert "| 222 |" in page
+    assert "| 111 |" not in page
+    assert "| olmoe | random | jmoe | 333 |" in page
+    # What others reached is shown for the device that they ran on.
+    assert page.count("558 / 521 / 533") == 1
+
+
+def test_memory_is_that_of_the_newer_program(tmp_path):
+    memory = {"peak_mib": 9.0, "output_mib": 1.0}
+    old = _content("memory", [{"configuration": "olmoe", "implementation": "jmoe", "kept_mib": 5.0, **memory}])
+    new = _content("layer", [_layer("olmoe", 1, kept_mib=6.0, **memory)], date="2026-01-03T00:00:00+00:00")
+    assert "| olmoe | 6 | 9 | 10 |" in _page(tmp_path, old, new)
+    assert "| olmoe | 5 | 9 | 10 |" in _page(tmp_path, old | {"date": "2026-01-05T00:00:00+00:00"}, new)
+
+
+def test_grouped_matmuls_and_steps_are_shown_with_what_failed(tmp_path):
+    def matmul(implementation, **more):
+        return {"configuration": "olmoe", "operation": "weight_gradient", "implementation": implementation, **more}
+
+    step = {"setting": "bf16", "preset": "olmoe_1b_7b", "num_layers": 4, "remat": "none", "failure": "its process died"}
+    page = _page(
+        tmp_path,
+        _content(
+            "grouped_matmul",
+            [
+                matmul("pallas_kernels", tflops=750.0, ratio=0.93),
+                matmul("torch_grouped_mm", tflops=500.0),
+                matmul("jax_ragged_dot", failure="out of memory: asks for much"),
+            ],
+        ),
+        _content("train_step", [step]),
+    )
+    assert "| olmoe | weight gradient | 750 | 0.930 | 1.500 | out of memory |" in page
+    assert "| bf16 | olmoe_1b_7b | 4 | none |  | - | - | - | - |" in page
+    assert "- bf16: `its process died`" in page
+
+
+def test_without_results_the_page_says_so(tmp_path):
+    assert _page(tmp_path).count("No results yet.") == 4
+
+
+def test_the_program_writes_the_page_and_the_images(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "layer.json").write_text(json.dumps(_content("layer", [_layer("olmoe", 600), _layer("dMoE-XS", 300)])))
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    assert report.main(["--results", str(results), "--docs", str(docs)]) == 0
+    assert (docs / "performance.md").read_text() == report.make_page(report.newest(results))
+    image = docs / "images" / "layer-nvidia-h100-80gb-hbm3.png"
+    assert image.read_bytes().startswith(b"\x89PNG")
+    # Others' figures are of one kind of device only.
+    plot_layers([_layer("olmoe", 600)], "NVIDIA H200", tmp_path / "h200.png")
+    assert (tmp_path / "h200.png").stat().st_size < image.stat().st_size
