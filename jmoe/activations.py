@@ -1,6 +1,5 @@
 """The activations of expert MLPs, plain and gated."""
 
-import functools
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -41,18 +40,9 @@ def activate(activation: Activation, h: Float[Array, "*batch H"]) -> Float[Array
     A gated one computes `g(h[..., :F]) * h[..., F:]`, with g the SiLU of SwiGLU, the GELU of GEGLU or the
     ReLU of ReGLU (Shazeer, arXiv 2002.05202). GELU is the tanh approximation, as in `jax.nn.gelu`.
     """
-    parts = jnp.split(h, 2, axis=-1) if is_gated(activation) else [h]
-    return function_of_parts(activation)(*parts)
-
-
-def function_of_parts(activation: Activation) -> Callable[..., Array]:
-    """Returns an activation as an element-wise function: of gate and up where it is gated, of one array where not."""
     if callable(activation):
-        return activation
+        return activation(h)
     if is_gated(activation):
-        return functools.partial(_gate, _GATES[activation])
-    return _PLAIN[activation]
-
-
-def _gate(function: Callable[[Array], Array], gate: Array, up: Array) -> Array:
-    return function(gate) * up
+        gate, up = jnp.split(h, 2, axis=-1)
+        return _GATES[activation](gate) * up
+    return _PLAIN[activation](h)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jmoe.activations import Activation, activate, function_of_parts, is_gated
+from jmoe.activations import Activation, activate, is_gated
 from jmoe.combine import combine, group_sum
 from jmoe.debug import check
 from jmoe.dispatch import Dispatch, check_routing, make_dispatch
 from jmoe.routing import Assignments, Routing, is_present
-from pallas_kernels import Implementation, grouped_matmul, grouped_weight_gradient, up_projection
+from pallas_kernels import Implementation, grouped_matmul, grouped_weight_gradient
 
 WeightOn = Literal["output", "input"]
 
@@ -107,7 +107,8 @@ def _moe_mlp(options: _Options, x: Array, parameters: ExpertParameters, weight: 
 
 
 def _forward(options, x, parameters, weight, dispatch):
-    h, a = _up(options, x, parameters, weight, dispatch)  # [R, H], [R, F]
+    h = _up(options, x, parameters, weight, dispatch)  # [R, H]
+    a = activate(options.activation, _accumulator(h)).astype(x.dtype)  # [R, F]
     y_rows = _down(options, a, parameters, dispatch)  # [R, D]
     y = combine(y_rows, weight if options.weight_on == "output" else None, dispatch, x.shape[0])  # [T, D]
     # The parameters as they came: a copy in the compute dtype would live until the backward.
@@ -145,28 +146,16 @@ _moe_mlp.defvjp(_forward, _backward)
 
 
 def _up(options, x, parameters, weight, dispatch):
-    """Gathers the rows of x, and computes the pre-activations and the activations."""
-    rows, activation = _gather(x, dispatch), options.activation
-    # What multiplies the products, or is added to them, while they are in float32 is not in the fused kernel yet;
-    # and what a caller's own function is made of, a kernel may not know.
+    """Gathers the rows of x and computes the pre-activations."""
     exact = options.weight_on == "input" or parameters.b_up is not None
-    if not exact and not callable(activation):
-        return up_projection(
-            rows,
-            parameters.w_up.astype(x.dtype),
-            dispatch.group_sizes,
-            function_of_parts(activation),
-            gated=is_gated(activation),
-            implementation=options.implementation,
-        )
-    h = _matmul(options, rows, parameters.w_up, dispatch, dtype=_accumulator_dtype(x) if exact else x.dtype)
+    dtype = _accumulator_dtype(x) if exact else x.dtype
+    h = _matmul(options, _gather(x, dispatch), parameters.w_up, dispatch, dtype=dtype)
     if options.weight_on == "input":
         # After the matmul, where the product is still in float32: (w x) W = w (x W).
         h = _scale(h, weight, dispatch)
     if parameters.b_up is not None:
         h += _of_rows(parameters.b_up, dispatch)
-    h = h.astype(x.dtype)
-    return h, activate(options.activation, _accumulator(h)).astype(x.dtype)
+    return h.astype(x.dtype)
 
 
 def _down(options, a, parameters, dispatch):

@@ -3,7 +3,6 @@
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.schedule import BlockSchedule, make_block_schedule
-from pallas_kernels.up_projection import up_projection
 
 __all__ = [
     "BlockSchedule",
@@ -11,5 +10,4 @@ __all__ = [
     "grouped_matmul",
     "grouped_weight_gradient",
     "make_block_schedule",
-    "up_projection",
 ]

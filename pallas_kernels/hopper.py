@@ -98,33 +98,32 @@ def accumulate(
     ring: Ring,
     first_step: Array,
     num_steps: Scalar,
-    shapes: Sequence[tuple[int, int]],
-    multiply: Callable[[Sequence[Ref], Array, Array], None],
+    shape: tuple[int, int],
+    multiply: Callable[[Ref, Array, Array], None],
     meanwhile: Sequence[Callable[[], None]] = (),
-) -> tuple[Array, ...]:
+) -> Array:
     """Compute warpgroup: sums the products of the ring's next `num_steps` steps.
 
     Args:
         ring: where the operands arrive.
         first_step: the kernel's number of the first of these steps.
         num_steps: how many there are; with none the sum is zero.
-        shapes: of the accumulators.
-        multiply: called with the accumulators, the number of the step among these, and its slot; issues one wgmma for
-            each accumulator.
-        meanwhile: work to do while the tensor cores are busy, one piece in each of the first steps.
+        shape: of the accumulator.
+        multiply: called with the accumulator, the number of the step among these, and its slot; issues one wgmma.
+        meanwhile: work to do while the tensor cores are busy, one piece after each of the first wgmmas.
 
     Returns:
-        f32 of each shape, in registers.
+        f32[shape], in registers.
     """
 
-    def scope(*accs):
+    def scope(acc):
         def step(k, carry):
             ring.wait_for_data(first_step + k)
-            multiply(accs, k, ring.slot(first_step + k))
+            multiply(acc, k, ring.slot(first_step + k))
             for turn, work in enumerate(meanwhile):
                 pl.when(k == turn)(work)
-            # This step's wgmmas stay in flight, so the slot that is surely read is the one before.
-            plgpu.wgmma_wait(len(accs))
+            # One wgmma stays in flight, so the slot that is surely read is the one before.
+            plgpu.wgmma_wait(1)
 
             @pl.when(k > 0)
             def release_previous():
@@ -139,29 +138,12 @@ def accumulate(
         def release_last():
             ring.release(first_step + num_steps - 1)
 
-        return tuple(acc[...] for acc in accs)
+        return acc[...]
 
-    out = pl.run_scoped(scope, *(plgpu.ACC(shape) for shape in shapes))
+    out = pl.run_scoped(scope, plgpu.ACC(shape))
     for turn, work in enumerate(meanwhile):
         pl.when(num_steps <= turn)(work)
     return out
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A part of a finished tile, 128 bytes wide, on its way to global memory.
-
-    Attributes:
-        out: [matrices, rows, columns] of global memory.
-        column: the column of `out` where the piece's column 0 belongs.
-        end: the column of `out` that ends its part of the result. A piece may reach over it, but not lie beyond.
-        values: computes the piece, [64, 128 bytes], in registers.
-    """
-
-    out: Ref
-    column: Array
-    end: int
-    values: Callable[[], Array]
 
 
 @jax.tree_util.register_dataclass
@@ -174,70 +156,52 @@ class FinishedTile:
     A tile that only some rows belong to is stored at once, since that takes more instructions than fit there.
 
     Attributes:
-        values: [64, columns] for each part, in registers, of the dtype of the result.
+        values: [64, columns], in registers, of the dtype of the result.
         matrix: which matrix of the result it belongs to.
         row: the row of that matrix where the tile's row 0 belongs.
         column: the column where the tile's column 0 belongs.
         pending: whether the tile is still to be stored.
     """
 
-    values: tuple[Array, ...]
+    values: Array
     matrix: Array
     row: Array
     column: Array
     pending: Array
 
     @classmethod
-    def nothing(cls, shapes: Sequence[tuple[int, int]], dtype: jax.typing.DTypeLike) -> "FinishedTile":
+    def nothing(cls, shape: tuple[int, int], dtype: jax.typing.DTypeLike) -> "FinishedTile":
         """Returns a tile that is not to be stored."""
-        return cls(
-            tuple(jnp.zeros(shape, dtype) for shape in shapes),
-            jnp.int32(0),
-            jnp.int32(0),
-            jnp.int32(0),
-            jnp.bool_(False),
-        )
+        return cls(jnp.zeros(shape, dtype), jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.bool_(False))
 
-    def cut(self, out: Ref) -> list[Piece]:
-        """Cuts a tile of one part into the pieces of one result."""
-        return [
-            Piece(out, self.column + first, out.shape[2], functools.partial(self.columns, 0, first))
-            for first in self.first_columns
-        ]
-
-    @property
-    def first_columns(self) -> range:
-        """The first column of each piece of a part."""
-        return range(0, self.values[0].shape[1], swizzled_columns(self.values[0].dtype))
-
-    def columns(self, part: int, first: int) -> Array:
-        """Returns 128 bytes of columns of a part."""
-        return self.values[part][:, first : first + self.first_columns.step]
-
-    def stores(self, pieces: Sequence[Piece], buffers: Ref) -> list[Callable[[], None]]:
-        """Returns a store for each piece of a pending tile, to be called in order.
+    def pieces(self, buffers: Ref, out: Ref) -> list[Callable[[], None]]:
+        """Cuts the store of a pending tile into pieces, 128 bytes wide each, to be called in order.
 
         Args:
-            pieces: of the tile.
-            buffers: [2, 64, 128 bytes] of shared memory, made by `result_tile`, this warpgroup's own. The copies out
-                of it are left in flight.
+            buffers: [2, 64, 128 bytes] of shared memory, made by `result_tile`, this warpgroup's own.
+            out: [matrices, rows, columns] of global memory. The copies are left in flight.
         """
 
-        def store(turn, piece):
-            @pl.when(self.pending & (piece.column < piece.end))
-            def copy():
-                buffer, columns = _stage(turn, piece, buffers)
-                plgpu.copy_smem_to_gmem(buffer, piece.out.at[self.matrix, pl.ds(self.row, WARPGROUP_ROWS), columns])
+        def store_piece(piece):
+            @pl.when(self.pending & self._has_columns(piece, out))
+            def store():
+                buffer, columns = self._stage(piece, buffers)
+                plgpu.copy_smem_to_gmem(buffer, out.at[self.matrix, pl.ds(self.row, WARPGROUP_ROWS), columns])
 
-        return [functools.partial(store, turn, piece) for turn, piece in enumerate(pieces)]
+        return [functools.partial(store_piece, piece) for piece in range(self._num_pieces)]
 
-    def store_rows(self, begin: Array, end: Array, pieces: Sequence[Piece], buffers: Ref) -> None:
-        """Stores rows `begin : end` of the pieces at once, if there are any."""
-        for turn, piece in enumerate(pieces):
+    def store(self, buffers: Ref, out: Ref) -> None:
+        """Stores a pending tile at once."""
+        for store_piece in self.pieces(buffers, out):
+            store_piece()
 
-            @pl.when((end > begin) & (piece.column < piece.end))
-            def store(turn=turn, piece=piece):
-                buffer, columns = _stage(turn, piece, buffers)
+    def store_rows(self, begin: Array, end: Array, buffers: Ref, out: Ref) -> None:
+        """Stores rows `begin : end` of the tile at once, if there are any."""
+        for piece in range(self._num_pieces):
+
+            @pl.when((end > begin) & self._has_columns(piece, out))
+            def store(piece=piece):
+                buffer, columns = self._stage(piece, buffers)
                 # A TMA copy has a static height, so a part of the tile leaves as copies of 2^i rows for the ones
                 # among the binary digits of its height.
                 done = begin
@@ -247,20 +211,29 @@ class FinishedTile:
 
                     @pl.when((end - begin) & height != 0)
                     def copy(rows_s=rows_s, rows=rows, columns=columns):
-                        plgpu.copy_smem_to_gmem(rows_s, piece.out.at[self.matrix, rows, columns], commit_group=False)
+                        plgpu.copy_smem_to_gmem(rows_s, out.at[self.matrix, rows, columns], commit_group=False)
 
                     done = done + ((end - begin) & height)
                 plgpu.commit_smem_to_gmem_group()
 
+    @property
+    def _num_pieces(self) -> int:
+        return self.values.shape[1] // swizzled_columns(self.values.dtype)
 
-def _stage(turn: int, piece: Piece, buffers: Ref) -> tuple[Ref, Any]:
-    """Writes a tile's piece to shared memory; returns where it is, and the columns that it belongs to."""
-    width = buffers.shape[2]
-    plgpu.wait_smem_to_gmem(1 if turn else 0, wait_read_only=True)
-    buffer = buffers.at[turn % 2]
-    buffer[...] = piece.values()
-    plgpu.commit_smem()
-    return buffer, pl.ds(pl.multiple_of(piece.column, width), width)
+    def _has_columns(self, piece: int, out: Ref) -> Array | bool:
+        """Says whether a piece lies inside the matrix. A copy may reach over its edge, but not lie beyond."""
+        num_columns = out.shape[2]
+        if num_columns % self.values.shape[1] == 0:
+            return True
+        return self.column + piece * swizzled_columns(self.values.dtype) < num_columns
+
+    def _stage(self, piece: int, buffers: Ref) -> tuple[Ref, Any]:
+        """Writes a piece to shared memory; returns where it is, and the columns that it belongs to."""
+        buffer, width = buffers.at[piece % 2], swizzled_columns(self.values.dtype)
+        plgpu.wait_smem_to_gmem(1 if piece else 0, wait_read_only=True)
+        buffer[...] = self.values[:, piece * width : (piece + 1) * width]
+        plgpu.commit_smem()
+        return buffer, pl.ds(pl.multiple_of(self.column + piece * width, width), width)
 
 
 def why_unsupported(
@@ -293,7 +266,7 @@ def pad_rows(x: Float[Array, "M N"]) -> Float[Array, "_ N"]:
     return jnp.pad(x, ((0, padding), (0, 0))) if padding else x
 
 
-def persistent_kernel(body: Callable, *, out_type: Any, scratch_types: dict) -> Callable:
+def persistent_kernel(body: Callable, *, out_type: jax.ShapeDtypeStruct, scratch_types: dict) -> Callable:
     """Wraps a kernel body of three warpgroups ("wg") with one persistent block ("sm") for each multiprocessor."""
     return plgpu.kernel(
         body,

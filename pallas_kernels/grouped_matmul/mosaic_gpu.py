@@ -6,7 +6,6 @@ next: they are multiplied along, which is harmless since rows do not mix, and no
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,25 +37,6 @@ class Config:
     band_rows: int = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Epilogue:
-    """What becomes of the products.
-
-    Attributes:
-        parts: the columns of `rhs` where its parts begin. A tile has as many columns of each part.
-        part_columns: the columns of each part.
-        widths: the columns of each result.
-        dtype: of the results.
-        cut: cuts a tile into pieces of the results; `tile.column` counts the columns of a part.
-    """
-
-    parts: tuple[int, ...]
-    part_columns: int
-    widths: tuple[int, ...]
-    dtype: jnp.dtype
-    cut: Callable[[hopper.FinishedTile, Sequence[hopper.Ref]], Sequence[hopper.Piece]]
-
-
 def grouped_matmul(
     lhs: Float[Array, "M K"],
     rhs: Float[Array, "G _ _"],
@@ -70,28 +50,11 @@ def grouped_matmul(
 ) -> Float[Array, "M N"]:
     """Multiplies tiles of each group with wgmma, in float32."""
     del precision, accumulator_dtype  # products of 16-bit operands are exact, sums are in float32
-    n = rhs.shape[1 if transpose_rhs else 2]
-    config = config or Config(block_n=hopper.block_columns(n))
-    epilogue = Epilogue((0,), n, (n,), out_dtype, lambda tile, outs: tile.cut(*outs))
-    (out,) = multiply_tiles(lhs, rhs, group_sizes, epilogue, transpose_rhs=transpose_rhs, config=config)
-    return out
-
-
-def multiply_tiles(
-    lhs: Float[Array, "M K"],
-    rhs: Float[Array, "G _ _"],
-    group_sizes: Integer[Array, " G"],
-    epilogue: Epilogue,
-    *,
-    transpose_rhs: bool,
-    config: Config,
-) -> tuple[Array, ...]:
-    """Multiplies tiles of each group, and gives the epilogue's results, each [M, columns]."""
     num_rows, k = lhs.shape
     num_groups = group_sizes.size
+    n = rhs.shape[1 if transpose_rhs else 2]
+    config = config or Config(block_n=hopper.block_columns(n))
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    part_n = block_n // len(epilogue.parts)
-    acc_shapes = [(hopper.WARPGROUP_ROWS, part_n)] * len(epilogue.parts)
     k_steps = pl.cdiv(k, block_k)
     schedule = make_tile_schedule(
         group_sizes,
@@ -99,13 +62,13 @@ def multiply_tiles(
         block_rows=block_m,
         alignment=hopper.TMA_ROWS,
         cover_remainder=True,
-        column_blocks=pl.cdiv(epilogue.part_columns, part_n),
+        column_blocks=pl.cdiv(n, block_n),
         band_rows=config.band_rows,
     )
     # The four numbers of a tile lie side by side, in one sector of memory.
     tiles = jnp.stack([schedule.group, schedule.start, schedule.size, schedule.column_block], axis=1)
 
-    def kernel(lhs, rhs, tiles, last_tile, *outs, a_s, b_s, out_s, full, empty):
+    def kernel(lhs, rhs, tiles, last_tile, out, a_s, b_s, out_s, full, empty):
         ring = hopper.Ring(full, empty, config.num_stages)
         warpgroup = lax.axis_index("wg")
         own_tiles = hopper.count_own_tiles(last_tile[num_groups - 1])
@@ -125,6 +88,7 @@ def multiply_tiles(
             def load_tile(i, carry):
                 group, start, _, column_block = tile_at(i)
                 rows = pl.ds(first_row_read(start), block_m)
+                columns = pl.ds(column_block * block_n, block_n)
                 matrix = rhs.at[group]
 
                 def load_step(k, carry):
@@ -133,10 +97,8 @@ def multiply_tiles(
                     slot = ring.slot(step)
                     contracted = pl.ds(k * block_k, block_k)
                     plgpu.copy_gmem_to_smem(lhs.at[rows, contracted], a_s.at[slot], full.at[slot])
-                    for part, before in enumerate(epilogue.parts):
-                        columns = pl.ds(pl.multiple_of(before + column_block * part_n, hopper.WARPGROUP_ROWS), part_n)
-                        b = matrix.at[columns, contracted] if transpose_rhs else matrix.at[contracted, columns]
-                        plgpu.copy_gmem_to_smem(b, b_s.at[slot, part], full.at[slot])
+                    b = matrix.at[columns, contracted] if transpose_rhs else matrix.at[contracted, columns]
+                    plgpu.copy_gmem_to_smem(b, b_s.at[slot], full.at[slot])
                     return carry
 
                 return lax.fori_loop(0, k_steps, load_step, carry)
@@ -151,11 +113,10 @@ def multiply_tiles(
             own_rows = pl.ds(rows_before, hopper.WARPGROUP_ROWS)
             buffers = out_s.at[warpgroup]
 
-            def multiply_step(accs, k, slot):
+            def multiply_step(acc, k, slot):
                 del k
-                for part, acc in enumerate(accs):
-                    b = b_s.at[slot, part]
-                    plgpu.wgmma(acc, a_s.at[slot, own_rows], b.transpose((1, 0)) if transpose_rhs else b)
+                b = b_s.at[slot]
+                plgpu.wgmma(acc, a_s.at[slot, own_rows], b.transpose((1, 0)) if transpose_rhs else b)
 
             def rows_to_store(start, size):
                 row = first_row_read(start) + rows_before
@@ -165,54 +126,45 @@ def multiply_tiles(
             def multiply_tile(i, carry):
                 (_, start, size, column_block), previous = carry
                 upcoming = tile_at(i + 1)  # long before it is needed, so that nothing waits for it
-                accs = hopper.accumulate(
+                acc = hopper.accumulate(
                     ring,
                     i * k_steps,
                     k_steps,
-                    acc_shapes,
+                    (hopper.WARPGROUP_ROWS, block_n),
                     multiply_step,
-                    meanwhile=previous.stores(epilogue.cut(previous, outs), buffers),
+                    meanwhile=previous.pieces(buffers, out),
                 )
                 row, begin, end = rows_to_store(start, size)
                 whole = end - begin == hopper.WARPGROUP_ROWS
-                values = tuple(acc.astype(epilogue.dtype) for acc in accs)
-                tile = hopper.FinishedTile(values, jnp.int32(0), row, column_block * part_n, whole)
-                tile.store_rows(begin, jnp.where(whole, begin, end), epilogue.cut(tile, outs), buffers)
+                tile = hopper.FinishedTile(acc.astype(out.dtype), jnp.int32(0), row, column_block * block_n, whole)
+                tile.store_rows(begin, jnp.where(whole, begin, end), buffers, out)
                 return upcoming, tile
 
-            nothing = hopper.FinishedTile.nothing(acc_shapes, epilogue.dtype)
+            nothing = hopper.FinishedTile.nothing((hopper.WARPGROUP_ROWS, block_n), out.dtype)
             _, last = lax.fori_loop(0, own_tiles, multiply_tile, (tile_at(0), nothing))
-            for store in last.stores(epilogue.cut(last, outs), buffers):
-                store()
-
-            def zero_piece():
-                return nothing.columns(0, 0)
+            last.store(buffers, out)
 
             def clear_tile(i, carry):
                 _, start, size, column_block = tile_at(i)
                 row, begin, end = rows_to_store(start, size)
-                zeros = dataclasses.replace(nothing, row=row, column=column_block * part_n)
-                pieces = [dataclasses.replace(piece, values=zero_piece) for piece in epilogue.cut(zeros, outs)]
-                zeros.store_rows(begin, end, pieces, buffers)
+                zeros = dataclasses.replace(nothing, row=row, column=column_block * block_n)
+                zeros.store_rows(begin, end, buffers, out)
                 return carry
 
             # The rows past the last group come last.
             lax.fori_loop(own_tiles, hopper.count_own_tiles(last_tile[num_groups]), clear_tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-    b_tile = (part_n, block_k) if transpose_rhs else (block_k, part_n)
+    b_tile = (block_n, block_k) if transpose_rhs else (block_k, block_n)
     run = hopper.persistent_kernel(
         kernel,
-        out_type=tuple(jax.ShapeDtypeStruct((1, num_rows, width), epilogue.dtype) for width in epilogue.widths),
+        out_type=jax.ShapeDtypeStruct((1, num_rows, n), out_dtype),
         scratch_types={
             "a_s": hopper.operand_tile((config.num_stages, block_m, block_k), lhs.dtype),
-            "b_s": hopper.operand_tile((config.num_stages, len(epilogue.parts), *b_tile), rhs.dtype),
-            "out_s": hopper.result_tile(
-                (2, 2, hopper.WARPGROUP_ROWS, hopper.swizzled_columns(epilogue.dtype)), epilogue.dtype
-            ),
-            "full": plgpu.Barrier(num_arrivals=1 + len(epilogue.parts), num_barriers=config.num_stages),
+            "b_s": hopper.operand_tile((config.num_stages, *b_tile), rhs.dtype),
+            "out_s": hopper.result_tile((2, 2, hopper.WARPGROUP_ROWS, hopper.swizzled_columns(out_dtype)), out_dtype),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=config.num_stages),
             "empty": plgpu.Barrier(num_arrivals=hopper.NUM_COMPUTE_WARPGROUPS, num_barriers=config.num_stages),
         },
     )
-    results = run(hopper.pad_rows(lhs), rhs, tiles, schedule.last_tile)
-    return tuple(result.reshape(result.shape[1:]) for result in results)
+    return run(hopper.pad_rows(lhs), rhs, tiles, schedule.last_tile).reshape(num_rows, n)

@@ -120,7 +120,6 @@ def grouped_weight_gradient(
             plgpu.set_max_registers(hopper.COMPUTE_REGISTERS, action="increase")
             own_rows = pl.ds(pl.multiple_of(warpgroup * own_k, own_k), own_k)
             own_columns = pl.ds(pl.multiple_of(warpgroup * own_n, own_n), own_n)
-            buffers = out_s.at[warpgroup]
 
             def multiply_tile(i, carry):
                 step, (begin, end), previous = carry
@@ -128,8 +127,7 @@ def grouped_weight_gradient(
                 group, row, column = place_of(i)
                 window, steps = steps_of(begin, end)
 
-                def multiply_step(accs, m, slot):
-                    (acc,) = accs
+                def multiply_step(acc, m, slot):
                     first = jnp.maximum(begin - (window + m * block_m), 0)
                     last = jnp.minimum(end - (window + m * block_m), block_m)
 
@@ -143,23 +141,22 @@ def grouped_weight_gradient(
 
                     plgpu.wgmma(acc, a_s.at[slot, :, own_rows].transpose((1, 0)), b_s.at[slot])
 
-                (acc,) = hopper.accumulate(
+                acc = hopper.accumulate(
                     ring,
                     step,
                     steps,
-                    [(own_k, block_n)],
+                    (own_k, block_n),
                     multiply_step,
-                    meanwhile=previous.stores(previous.cut(out), buffers),
+                    meanwhile=previous.pieces(out_s.at[warpgroup], out),
                 )
                 own_row = row + warpgroup * own_k
-                tile = hopper.FinishedTile((acc.astype(out.dtype),), group, own_row, column, own_row < k)
+                tile = hopper.FinishedTile(acc.astype(out.dtype), group, own_row, column, own_row < k)
                 return step + steps, upcoming, tile
 
-            nothing = hopper.FinishedTile.nothing([(own_k, block_n)], out.dtype)
+            nothing = hopper.FinishedTile.nothing((own_k, block_n), out.dtype)
             first = jnp.int32(0), bounds_of(0), nothing
             _, _, last = lax.fori_loop(0, own_tiles, multiply_tile, first)
-            for store in last.stores(last.cut(out), buffers):
-                store()
+            last.store(out_s.at[warpgroup], out)
             plgpu.wait_smem_to_gmem(0)
 
     run = hopper.persistent_kernel(

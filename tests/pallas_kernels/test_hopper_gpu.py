@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jmoe
-from pallas_kernels import grouped_matmul, grouped_weight_gradient, up_projection
+from pallas_kernels import grouped_matmul, grouped_weight_gradient
 
 pytestmark = pytest.mark.gpu
 
@@ -131,24 +131,6 @@ def test_vmap_runs_the_kernel_for_every_element(relative_error):
     for i in range(3):
         expected = exactly(grouped_matmul)(lhs[i], rhs[i], sizes[i])
         assert relative_error(products[i], expected) < TOLERANCE[jnp.bfloat16]
-
-
-@pytest.mark.parametrize("hidden", [192, 1024])
-@pytest.mark.parametrize("gated", [True, False])
-def test_the_up_projection_gives_pre_activations_and_their_activations(gated, hidden, relative_error):
-    sizes = [100, 0, 377, 50, 1, 63, 64, 65, 130]
-    lhs, rhs, group_sizes = matmul_operands(1000, 512, (1 + gated) * hidden, sizes, jnp.bfloat16)
-
-    def activation(x, *up):
-        return jax.nn.silu(x) * up[0] if up else jax.nn.gelu(x)
-
-    h, a = jax.jit(functools.partial(up_projection, activation=activation, gated=gated, implementation="mosaic_gpu"))(
-        lhs, rhs, group_sizes
-    )
-    assert relative_error(h, exactly(grouped_matmul)(lhs, rhs, group_sizes)) < TOLERANCE[jnp.bfloat16]
-    expected = activation(*jnp.split(h.astype(jnp.float32), 1 + gated, axis=1))
-    assert relative_error(a, expected) < TOLERANCE[jnp.bfloat16]
-    assert not jnp.any(a[sum(sizes) :])
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
