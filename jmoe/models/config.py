@@ -67,6 +67,9 @@ class TransformerConfig:
         param_dtype: Dtype of the parameters (the master weights).
         remat: What each layer keeps for the backward pass, which recomputes the rest: with "none" all that it
             needs, with "dots" the results of plain matrix products, with "full" only the layer's input.
+        scan_layers: Whether layers that repeat run as one compiled body, scanned, with their parameters stacked.
+            Otherwise each has parameters of its own and is compiled by itself: steps are faster, since no weights
+            and gradients are copied from and to the stacks, and compilation takes longer with every layer.
         attention_implementation: "cudnn" (NVIDIA GPUs, bfloat16 or float16), "xla", or "auto": cuDNN where it
             can run.
         moe_implementation: `implementation` of every MoE layer: "mosaic_gpu", "xla", "reference", or "auto"
@@ -109,6 +112,7 @@ class TransformerConfig:
     dtype: DType = "bfloat16"
     param_dtype: DType = "float32"
     remat: Remat = "none"
+    scan_layers: bool = True
     attention_implementation: AttentionImplementation = "auto"
     moe_implementation: MoEImplementation = "auto"
     loss_chunk_size: int = 2048
@@ -148,12 +152,15 @@ class TransformerConfig:
 
     @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:
-        """The layers in order, as groups of a repeated unit: what the model scans over."""
-        if not self.num_experts:
-            return (LayerGroup(("dense",), self.num_layers),)
-        unit: tuple[LayerKind, ...] = ("dense",) * (self.moe_every - 1) + ("moe",)
-        groups = LayerGroup(unit, (self.num_layers - self.first_dense_layers) // self.moe_every)
-        return (LayerGroup(("dense",), self.first_dense_layers), groups) if self.first_dense_layers else (groups,)
+        """The layers in order, as groups of a repeated unit: what the model scans over, if it does."""
+        num_dense = self.first_dense_layers if self.num_experts else self.num_layers
+        groups = (LayerGroup(("dense",), num_dense),) if num_dense else ()
+        if self.num_experts:
+            unit: tuple[LayerKind, ...] = ("dense",) * (self.moe_every - 1) + ("moe",)
+            groups += (LayerGroup(unit, (self.num_layers - num_dense) // self.moe_every),)
+        if self.scan_layers:
+            return groups
+        return tuple(LayerGroup(group.unit, 1) for group in groups for _ in range(group.repeats))
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

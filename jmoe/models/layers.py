@@ -85,5 +85,22 @@ class MLP(nnx.Module):
 
 def recompute(function: Callable[..., Array], *inputs: Array) -> Array:
     """Computes `function(*inputs)`, keeping only the inputs and parameters for the backward pass."""
-    # Layers run in a scan, whose backward pass is a loop of its own: no common subexpression to protect.
+    # A scan's backward pass is a loop of its own, and `backward_apart` stands in for that where layers are not
+    # scanned: no common subexpression to protect.
     return jax.checkpoint(function, prevent_cse=False)(*inputs)
+
+
+def backward_apart[**P, T](function: Callable[P, T]) -> Callable[P, T]:
+    """Lets the backward pass of a function see the saved values through a barrier.
+
+    Otherwise XLA, with both passes before it, would find that the backward pass recomputes what the forward
+    pass has computed, and keep that in between: what recomputation is there to avoid.
+    """
+    apart = jax.custom_vjp(function)
+
+    def backward(pull_back, cotangent):
+        pull_back, cotangent = jax.lax.optimization_barrier((pull_back, cotangent))
+        return pull_back(cotangent)
+
+    apart.defvjp(functools.partial(jax.vjp, function), backward)
+    return apart

@@ -1,4 +1,4 @@
-"""A decoder-only transformer: pre-norm layers of attention and a dense or Mixture-of-Experts MLP, scanned."""
+"""A decoder-only transformer: pre-norm layers of attention and a dense or Mixture-of-Experts MLP."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jmoe.models.attention import Attention, KVCache, Rotation, rope_rotation
 from jmoe.models.config import LayerGroup, LayerKind, TransformerConfig
-from jmoe.models.layers import MLP, RMSNorm
+from jmoe.models.layers import MLP, RMSNorm, backward_apart
 from jmoe.models.mesh import batch_spec, with_auto_axes
 from jmoe.models.vocabulary import vocabulary_matmul
 from jmoe.moe import MoE, MoEAux
@@ -79,7 +79,7 @@ class Unit(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A decoder-only language model whose layers run as one compiled body, scanned.
+    """A decoder-only language model.
 
     Args:
         config: The model's shape and options.
@@ -198,12 +198,13 @@ class Transformer(nnx.Module):
             return x, (aux, caches)
 
         x = self.embedding(tokens).astype(config.dtype)  # [B, S, D]
-        aux, written = _no_moe_layers(), []
+        auxes, written = [_no_moe_layers(config)], []
         for index, (group, stacked) in enumerate(zip(config.layer_groups, self.groups, strict=True)):
             caches = (None,) * len(group.unit) if cache is None else cache[index]
-            x, (group_aux, caches) = jax.lax.scan(run_unit, x, (stacked, caches))
-            aux = aux if group_aux is None else group_aux
+            x, (aux, caches) = _scan(run_unit, x, (stacked, caches), group.repeats)
+            auxes += [] if aux is None else [aux]
             written.append(caches)
+        aux = jax.tree.map(lambda *parts: jnp.concatenate(parts), *auxes)
         return self.final_norm(x), aux, None if cache is None else tuple(written)
 
 
@@ -250,20 +251,28 @@ def _stack(config: TransformerConfig, group: LayerGroup, *, rngs: nnx.Rngs) -> U
     return create(rngs)
 
 
+def _scan[C, X, Y](body: Callable[[C, X], tuple[C, Y]], carry: C, inputs: X, length: int) -> tuple[C, Y]:
+    """Scans over stacked inputs; where there is only one, without a loop, whose stacks XLA would copy to and from."""
+    if length > 1:
+        return jax.lax.scan(body, carry, inputs)
+    carry, outputs = backward_apart(body)(carry, jax.tree.map(lambda a: a.squeeze(0), inputs))
+    return carry, jax.tree.map(lambda a: a[None], outputs)
+
+
 def _remat(layer: Layer, config: TransformerConfig) -> Callable[..., Any]:
     """Recomputes in the backward pass what `config.remat` says not to keep."""
     if config.remat == "none":
         return layer
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-    # Forward and backward are loops of their own, so there is no common subexpression to protect.
+    # As in `recompute`, there is no common subexpression to protect.
     return jax.checkpoint(layer.__call__, policy=policy, prevent_cse=False)
 
 
-def _no_moe_layers() -> MoEAux:
-    """Returns the stacked losses and statistics of a model without MoE layers."""
+def _no_moe_layers(config: TransformerConfig) -> MoEAux:
+    """Returns the stacked losses and statistics of no layers at all."""
     return MoEAux(
         load_balancing_loss=jnp.zeros(0),
         router_z_loss=jnp.zeros(0),
-        expert_load=jnp.zeros((0, 0)),
+        expert_load=jnp.zeros((0, config.num_experts)),
         dropped_fraction=jnp.zeros(0),
     )

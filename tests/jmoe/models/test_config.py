@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from jmoe.models import PRESETS, Transformer
+from jmoe.models.config import LayerGroup
 
 PUBLISHED_PARAMETERS = {
     "olmoe_1b_7b": 6_919_161_856,
@@ -33,6 +34,7 @@ def test_presets_have_the_published_number_of_parameters(name):
         {"qk_norm": "full", "tie_embeddings": True},
         {"qk_norm": "none", "shared_hidden_dim": 0},
         {"activation": "relu_squared"},
+        {"scan_layers": False, "num_layers": 5},
     ],
     ids=str,
 )
@@ -67,6 +69,13 @@ def test_the_pattern_says_which_layers_are_dense():
     assert kinds(num_layers=4, moe_every=2) == ["d", "m", "d", "m"]
     assert kinds(num_layers=7, first_dense_layers=1, moe_every=3) == ["d", "d", "d", "m", "d", "d", "m"]
     assert kinds(num_layers=2, num_experts=0) == ["d", "d"]
+
+
+def test_layers_that_are_not_scanned_are_groups_of_their_own(config):
+    config = dataclasses.replace(config, num_layers=6, first_dense_layers=2, scan_layers=False)
+    dense, alternating = LayerGroup(("dense",), 1), LayerGroup(("dense", "moe"), 1)
+    assert config.layer_groups == (dense, dense, alternating, alternating)
+    assert config.layer_kinds == dataclasses.replace(config, scan_layers=True).layer_kinds
 
 
 @pytest.mark.parametrize(

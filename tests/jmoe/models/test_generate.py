@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -22,6 +23,14 @@ def test_greedy_generation_is_the_model_run_again_on_every_prefix(greedy, forwar
     likeliest = jnp.argmax(forward(generated)[0], axis=-1)
     np.testing.assert_array_equal(generated[:, 7:], likeliest[:, 6:-1])
     assert len(set(generated[:, 7:].ravel().tolist())) > 2, "a constant continuation shows nothing"
+
+
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unscanned"])
+def test_layers_that_repeat_have_caches_of_their_own(config, new_model, tokens, scan_layers):
+    model = new_model(dataclasses.replace(config, num_layers=5, scan_layers=scan_layers))
+    generated = generate(model, tokens[:, :7], 5, key=jax.random.key(0), temperature=0)
+    logits, _ = jax.jit(lambda model, tokens: model(tokens))(model, generated)
+    np.testing.assert_array_equal(generated[:, 7:], jnp.argmax(logits, axis=-1)[:, 6:-1])
 
 
 def test_prompts_of_different_lengths_continue_as_if_alone(greedy, forward, tokens):

@@ -69,6 +69,19 @@ def with_config(model, **changes):
     return nnx.merge(graphdef, nnx.state(model))
 
 
+def unstacked(model):
+    """The same parameters in a model that does not scan its layers."""
+    state = nnx.to_pure_dict(nnx.state(model))
+    slices = [
+        jax.tree.map(lambda p, repeat=repeat: p[repeat : repeat + 1], stacked)
+        for group, stacked in zip(model.config.layer_groups, state["groups"].values(), strict=True)
+        for repeat in range(group.repeats)
+    ]
+    config = dataclasses.replace(model.config, scan_layers=False)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, state | {"groups": dict(enumerate(slices))})
+
+
 def assert_same(actual, expected, tolerance):
     def check(a, b):
         assert jnp.linalg.norm(a - b) <= tolerance * jnp.linalg.norm(b)
@@ -88,6 +101,30 @@ def test_scan_chunks_and_remat_change_neither_the_loss_nor_its_gradient(compiled
         assert aux.num_targets == batch["mask"].sum()
         assert aux.expert_load.shape == (2, model.config.num_experts)
         assert aux.dropped_fraction == 0
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_that_are_not_scanned_give_the_same(compiled_loss, batch, remat):
+    step, model = compiled_loss
+    model = with_config(model, remat=remat)
+    (loss, aux), grads = step(model, **batch)
+    (unscanned_loss, unscanned_aux), unscanned_grads = step(unstacked(model), **batch)
+    np.testing.assert_allclose(unscanned_loss, loss, rtol=1e-6)
+    assert_same(unscanned_aux, aux, 1e-6)
+    assert_same(jax.tree.leaves(unscanned_grads), jax.tree.leaves(unstacked(grads)), 2e-5)
+
+
+def test_the_backward_pass_recomputes_also_where_layers_are_not_scanned(compiled_loss, batch):
+    """XLA must not take what the forward pass has computed for what the backward pass is to recompute."""
+
+    def flops(remat):
+        model = with_config(unstacked(compiled_loss[1]), remat=remat)
+        gradient = jax.jit(jax.grad(lambda model: language_model_loss(model, **batch)[0]))
+        analysis = gradient.lower(model).compile().cost_analysis()
+        assert analysis
+        return analysis["flops"]
+
+    assert flops("full") > 1.1 * flops("none")
 
 
 def test_gradient_descent_reduces_the_loss(compiled_loss, batch):
@@ -147,9 +184,11 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_gradients(compiled
     assert {x.dtype for x in jax.tree.leaves((loss, gradients, aux.cross_entropy))} == {jnp.dtype("float32")}
 
 
-def test_a_mesh_changes_neither_the_loss_nor_its_gradient(compiled_loss, batch):
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unscanned"])
+def test_a_mesh_changes_neither_the_loss_nor_its_gradient(compiled_loss, batch, scan_layers):
     """Explicit axes, which become Auto ones inside: this covers both."""
     step, model = compiled_loss
+    model = model if scan_layers else unstacked(model)
     expected = step(model, **batch)
     axis_types = (jax.sharding.AxisType.Explicit,) * 2
     mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=axis_types)
@@ -160,8 +199,10 @@ def test_a_mesh_changes_neither_the_loss_nor_its_gradient(compiled_loss, batch):
     assert_same(jax.tree.leaves(jax.device_get(actual)), jax.tree.leaves(expected), 2e-5)
 
 
-def test_no_copy_of_a_parameter_in_the_compute_dtype_lives_until_the_backward_pass(compiled_loss, batch):
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unscanned"])
+def test_no_copy_of_a_parameter_in_the_compute_dtype_lives_until_the_backward_pass(compiled_loss, batch, scan_layers):
     model = with_config(compiled_loss[1], dtype="bfloat16")
+    model = model if scan_layers else unstacked(model)
     batch = jax.tree.map(lambda x: x[:, :11], batch)  # 22 tokens: no activation has the shape of a matrix
     shapes = [x.shape for x in jax.tree.leaves(model)]
     matrices = {shape for shape in shapes + [shape[1:] for shape in shapes] if len(shape) > 1}

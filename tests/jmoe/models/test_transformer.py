@@ -94,8 +94,9 @@ def test_the_model_computes_the_formulas(model, forward, tokens):
             "first_dense_layers": 0,
         },
         {"qk_norm": "none", "tie_embeddings": True, "num_layers": 5, "shared_hidden_dim": 0},
+        {"scan_layers": False, "num_layers": 5},
     ],
-    ids=["olmoe", "alternating"],
+    ids=["olmoe", "alternating", "unscanned"],
 )
 def test_every_option_computes_the_formulas(config, new_model, tokens, changes):
     model = new_model(dataclasses.replace(config, **changes))
@@ -132,11 +133,14 @@ def test_packed_documents_give_what_separate_ones_give(forward, tokens):
     np.testing.assert_allclose(counts, np.round(counts), atol=1e-4)
 
 
-def test_layers_draw_their_parameters_independently(config):
-    config = dataclasses.replace(config, num_layers=2, first_dense_layers=0, moe_every=1)
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unscanned"])
+def test_layers_draw_their_parameters_independently(config, scan_layers):
+    config = dataclasses.replace(config, num_layers=2, first_dense_layers=0, moe_every=1, scan_layers=scan_layers)
     create = jax.jit(lambda key: Transformer(config, rngs=nnx.Rngs(key)))
     model = create(jax.random.key(0))
-    for path, stacked in nnx.to_flat_state(nnx.state(model.groups[0])):
+    layers = jax.tree.map(lambda *groups: jnp.concatenate(groups), *model.groups)
+    for path, stacked in nnx.to_flat_state(nnx.state(layers)):
+        assert len(stacked[...]) == 2
         if path[-1] != "scale":
             assert (stacked[0] != stacked[1]).all(), path
     kernel = model.groups[0].layers[0].attention.query.kernel[...]
