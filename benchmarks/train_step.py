@@ -4,6 +4,7 @@
 model on XLA: that the program works, not what a GPU does.
 """
 
+import argparse
 import dataclasses
 import math
 import multiprocessing
@@ -64,6 +65,7 @@ class Workload:
         batch_size: Sequences.
         sequence_length: Tokens of each.
         remat: `TransformerConfig.remat`.
+        scan_layers: `TransformerConfig.scan_layers`.
     """
 
     preset: str
@@ -71,6 +73,7 @@ class Workload:
     batch_size: int
     sequence_length: int
     remat: Remat = "none"
+    scan_layers: bool = True
 
     def model(self, *, dtype: DType, param_dtype: DType) -> TransformerConfig:
         """The model, with its experts on the kernels wherever these can run."""
@@ -80,6 +83,7 @@ class Workload:
             dtype=dtype,
             param_dtype=param_dtype,
             remat=self.remat,
+            scan_layers=self.scan_layers,
             # Named, so that it cannot fall back to another.
             moe_implementation="mosaic_gpu" if has_hopper_gpu() else "xla",
         )
@@ -212,6 +216,7 @@ def show(records: Sequence[Record], title: str, console: Console) -> None:
     columns = (
         "setting",
         "remat",
+        "layers",
         "experts on",
         "parameters",
         "tokens/s",
@@ -221,15 +226,18 @@ def show(records: Sequence[Record], title: str, console: Console) -> None:
         "compile s",
     )
     for name in columns:
-        table.add_column(name, justify="left" if name in columns[:3] else "right")
+        table.add_column(name, justify="left" if name in columns[:4] else "right")
     for record in records:
+        # A file that is continued may have records from before the choice, when layers were always scanned.
+        layers = "scanned" if record.get("scan_layers", True) else "unscanned"
         if "failure" in record:
-            table.add_row(record["setting"], record["remat"], record["failure"][:100])
+            table.add_row(record["setting"], record["remat"], layers, record["failure"][:100])
             continue
         peak = record["peak_gib"]
         table.add_row(
             record["setting"],
             record["remat"],
+            layers,
             record["moe_implementation"],
             f"{record['parameters']:,}",
             f"{record['tokens_per_second']:,.0f}",
@@ -250,6 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, help="4 on a GPU, 2 elsewhere")
     parser.add_argument("--sequence-length", type=int, help="4096 on a GPU, 128 elsewhere")
     parser.add_argument("--remat", choices=get_args(Remat), default="none", help="what the backward pass recomputes")
+    parser.add_argument(
+        "--scan-layers", action=argparse.BooleanOptionalAction, default=True, help="whether layers are one scanned body"
+    )
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     options = parser.parse_args(arguments)
 

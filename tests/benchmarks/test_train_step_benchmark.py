@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_program_measures_steps_and_continues_its_file(tmp_path, monkeypatch, capsys):
     file = tmp_path / "results.json"
     arguments = ["--only", "program", "--num-layers", "1", "--batch-size", "2", "--steps", "2", "--out", str(file)]
-    short = [*arguments, "--sequence-length", "16"]
+    short = [*arguments, "--sequence-length", "16", "--no-scan-layers"]
     program = subprocess.run(
         [sys.executable, "-W", "error", "-m", "benchmarks.train_step", *short],
         cwd=ROOT,
@@ -35,6 +36,7 @@ def test_the_program_measures_steps_and_continues_its_file(tmp_path, monkeypatch
     assert "medians and extremes of 2 steps" in content["method"]
     [record] = content["records"]
     assert (record["setting"], record["moe_implementation"], record["param_dtype"]) == ("program", "xla", "float32")
+    assert record["scan_layers"] is False
     assert abs(record["cross_entropy_first"] - math.log(258)) < 1
     assert record["tokens_per_second"] == pytest.approx(2 * 16 / record["seconds_median"])
     assert 0 < record["seconds_min"] <= record["seconds_median"] <= record["seconds_max"]
@@ -50,6 +52,7 @@ def test_the_program_measures_steps_and_continues_its_file(tmp_path, monkeypatch
     first, second = json.loads(file.read_text())["records"]
     assert first == record
     assert "max_sequence_length" in second["failure"]
+    assert second["scan_layers"] is True
     assert second["failure"][:60] in capsys.readouterr().out
 
 
@@ -64,8 +67,8 @@ def test_the_settings_are_the_precisions_that_they_are_named_after():
     assert {leaf.dtype for leaf in (state[0].mu["kernel"], state[0].nu["kernel"])} == {jnp.dtype(jnp.bfloat16)}
     assert float(state[0].mu["kernel"][0, 0]) > 50  # nothing clipped the gradient
 
-    model, optimizer, schedule = program_setting(workload)
-    assert model.param_dtype == "float32"
+    model, optimizer, schedule = program_setting(dataclasses.replace(workload, scan_layers=False))
+    assert (model.param_dtype, model.scan_layers) == ("float32", False)
     assert schedule(0) == 0
     _, state = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
     assert float(state[1][0].mu["kernel"][0, 0]) < 1  # clipped
