@@ -107,7 +107,9 @@ def _moe_mlp(options: _Options, x: Array, parameters: ExpertParameters, weight: 
 
 
 def _forward(options, x, parameters, weight, dispatch):
-    h = _up(options, x, parameters, weight, dispatch)  # [R, H]
+    # Where layers are scanned, XLA would run the matmul twice: once to write to the stack of all layers' h, and
+    # once for the activation.
+    h = lax.optimization_barrier(_up(options, x, parameters, weight, dispatch))  # [R, H]
     a = activate(options.activation, _accumulator(h)).astype(x.dtype)  # [R, F]
     y_rows = _down(options, a, parameters, dispatch)  # [R, D]
     y = combine(y_rows, weight if options.weight_on == "output" else None, dispatch, x.shape[0])  # [T, D]
@@ -117,9 +119,13 @@ def _forward(options, x, parameters, weight, dispatch):
 
 def _backward(options, residuals, dy):
     x, parameters, weight, dispatch, h = residuals
-    # The backward repeats gathers and casts of the forward. Without the barrier XLA would see that, compute
-    # them once and keep them from forward to backward.
-    x, parameters, weight, h, dy = lax.optimization_barrier((x, parameters, weight, h, dy))
+    # The backward repeats gathers and casts of the forward. Without the barrier XLA would see that, compute them
+    # once and keep them from forward to backward; or begin with them before dy is there. Where layers are scanned,
+    # a barrier makes copies, so of the parameters only those that are cast go through it.
+    are_cast = [p if p is not None and p.dtype != x.dtype else None for p in parameters]
+    token_index, are_cast, dy = lax.optimization_barrier((dispatch.token_index, are_cast, dy))
+    dispatch = dataclasses.replace(dispatch, token_index=token_index)
+    parameters = ExpertParameters._make(p if c is None else c for p, c in zip(parameters, are_cast, strict=True))
     dy_rows = _gather(dy, dispatch)  # [R, D]
     # [R, H], [R, F], [R]
     dh, a, dweight = _down_input_gradient(options, dy_rows, h, parameters, weight, dispatch)
