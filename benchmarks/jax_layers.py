@@ -115,7 +115,10 @@ class Program(NamedTuple):
 
 
 class CompiledLayer:
-    """Whatever is needed of a configuration, compiled by the threads of a pool.
+    """Whatever is needed of a configuration, compiled by the threads of a pool, but for the dense matmul.
+
+    That one is compiled when it is asked for: XLA chooses its kernel by running some, which takes a device that is
+    otherwise idle.
 
     Args:
         configuration: The shapes.
@@ -140,6 +143,7 @@ class CompiledLayer:
             programs = {"both": programs["both"]}
         elif not ours:
             del programs["plain"], programs["plain_errors"]
+        self._dense = programs.pop("dense", None)
         self._compiling: dict[str, Future[jax.stages.Compiled]] = {
             name: pool.submit(program.compile) for name, program in programs.items()
         }
@@ -148,6 +152,11 @@ class CompiledLayer:
     def __getitem__(self, name: str) -> jax.stages.Compiled:
         """Waits for a program; raises what compiling it raised."""
         return self._compiling[name].result()
+
+    def compile_dense(self) -> jax.stages.Compiled:
+        """Compiles one matmul of as many operations as the up-projection."""
+        assert self._dense is not None
+        return self._dense.compile()
 
     def memory(self) -> Record:
         """What lives between forward and backward, and what XLA plans for both, in MiB."""
@@ -172,6 +181,7 @@ class JaxLayer:
         self._compiled = compiled
         *operands, self._dense_lhs, self._dense_rhs = compiled["operands"](jnp.int32(seed))
         self._x, self._w_up, self._w_down, self._dy = operands
+        self._dense = compiled.compile_dense()
         self._logits = None
 
     def route(self, logits: np.ndarray) -> None:
@@ -203,7 +213,7 @@ class JaxLayer:
         calls = {
             "forward": functools.partial(run["forward"], *self._operands),
             "both": functools.partial(run["both"], *self._both_operands),
-            "dense": functools.partial(run["dense"], self._dense_lhs, self._dense_rhs),
+            "dense": functools.partial(self._dense, self._dense_lhs, self._dense_rhs),
         }
         jax.block_until_ready([call() for call in calls.values()])  # nothing is slow for being the first time
         return {name: Variant(call, jax.block_until_ready) for name, call in calls.items()}

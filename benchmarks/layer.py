@@ -1,17 +1,16 @@
 """Measures whole MoE layers, given the router's logits: forward alone, and forward with backward.
 
-`python -m benchmarks.layer` takes about three minutes on one H100, most of it compilation. Without a GPU it
+`python -m benchmarks.layer` takes about two minutes on one H100, half of it compilation. Without a GPU it
 measures small layers on XLA: that the program works, not what a GPU does.
 """
 
-import gc
 import importlib
 import importlib.metadata
-import multiprocessing
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from rich.console import Console
@@ -39,6 +38,7 @@ from benchmarks.record import (
     describe_failure,
     make_console,
     make_parser,
+    new_process,
     open_results,
 )
 from benchmarks.torch_layers import TorchLayer
@@ -63,8 +63,8 @@ logits. peak_mib: what XLA plans for both beside operands and results (temp_size
 results. peak_with_outputs_mib: PyTorch's counter, operands not counted, results counted.
 All is compiled and warmed up first. Then {rounds} rounds, in each of which forward, both and dense have one turn,
 in random order: 30 ms of rest, one untimed call, and as many calls as fill about 15 ms, timed together. ms_median,
-ms_min and ms_max are of one call, over the rounds; spread is (ms_max - ms_min) / ms_median. Each implementation
-runs in a process of its own. Seed {seed}."""
+ms_min and ms_max are of one call, over the rounds; spread is (ms_max - ms_min) / ms_median. Each configuration of
+each implementation runs in a process of its own. Seed {seed}."""
 
 OURS, TORCH = "jmoe", "torch_grouped_mm"
 
@@ -82,11 +82,8 @@ _MODULES = {
 }
 PEERS = tuple(_MODULES)
 
-# After these failures the device still works; after others it may refuse everything that the process asks for.
-_HARMLESS = ("out of memory", "ArithmeticError", "NotImplementedError", "ValueError")
-
-# What the process that measures has compiled ahead.
-_compiled: dict[str, CompiledLayer] = {}
+_THREADS = 4  # that compile the functions of one configuration
+_compiled: dict[str, CompiledLayer] = {}  # of this process
 
 
 def why_not(implementation: str, platform: str) -> str | None:
@@ -101,35 +98,26 @@ def why_not(implementation: str, platform: str) -> str | None:
     return None if known else "importable, but this program does not know how to call it"
 
 
-def compile_ahead(implementation: str, names: Sequence[str], jobs: int) -> float:
-    """Compiles configurations in this process, in so many threads; returns the seconds that it took."""
-    started = time.perf_counter()
-    if implementation == "jax_ragged_dot":
-        jobs = 1  # choosing among XLA's kernels runs them, and each asks for much memory
-    if implementation != TORCH:
-        with ThreadPoolExecutor(jobs) as pool:
-            for name in names:
-                layer = _JAX_LAYERS[implementation](CONFIGURATIONS[name])
-                _compiled[name] = CompiledLayer(CONFIGURATIONS[name], layer, pool, ours=implementation == OURS)
-    return time.perf_counter() - started
+def prepare(implementation: str, name: str, platform: str) -> None:
+    """Does all that leaves the device idle: imports, and compiles a configuration for this process."""
+    if implementation == TORCH:
+        load_torch(platform)
+        return
+    with ThreadPoolExecutor(_THREADS) as pool:
+        layer = _JAX_LAYERS[implementation](CONFIGURATIONS[name])
+        _compiled[name] = CompiledLayer(CONFIGURATIONS[name], layer, pool, ours=implementation == OURS)
 
 
 def measure_configuration(
     implementation: str, name: str, routings: Sequence[RoutingName], platform: str, *, rounds: int, seed: int
 ) -> list[Record]:
-    """Measures a configuration in this process, under each routing."""
-    gc.collect()  # so that the configuration before has given its memory back
+    """Measures a configuration that this process prepared, under each routing."""
     configuration = CONFIGURATIONS[name]
-    try:
-        layer: Layer
-        if implementation == TORCH:
-            layer = TorchLayer(load_torch(platform), configuration, seed)
-        else:
-            if name not in _compiled:
-                compile_ahead(implementation, [name], jobs=1)
-            layer = JaxLayer(_compiled[name], seed)
-    except Exception as failure:
-        return failures(implementation, name, routings, describe_failure(failure))
+    layer: Layer
+    if implementation == TORCH:
+        layer = TorchLayer(load_torch(platform), configuration, seed)
+    else:
+        layer = JaxLayer(_compiled[name], seed)
     version = {} if implementation == OURS else {"peer_version": importlib.metadata.version(_MODULES[implementation])}
     return [
         measure(layer, configuration, routing, implementation=implementation, rounds=rounds, seed=seed) | version
@@ -144,7 +132,11 @@ def failures(implementation: str, name: str, routings: Sequence[RoutingName], re
 
 
 class Run:
-    """Measures layers, each implementation in a process of its own, and keeps what it finds.
+    """Measures layers and keeps what it finds.
+
+    Each configuration of each implementation has a process of its own. Those of a batch compile at a time, since
+    much of that is Python, which threads would not do any faster. Then they measure, one after the other, and end,
+    so that each has the device and its memory to itself.
 
     Args:
         results: Where; what is there is not measured again.
@@ -152,7 +144,7 @@ class Run:
         platform: JAX's.
         rounds: Turns of each function.
         seed: Of operands, logits and the order of turns.
-        jobs: Threads that compile.
+        jobs: Processes of a batch.
     """
 
     def __init__(self, results: Results, console: Console, platform: str, *, rounds: int, seed: int, jobs: int):
@@ -160,80 +152,59 @@ class Run:
         self._rounds, self._seed, self._jobs = rounds, seed, jobs
         self._started = time.monotonic()
 
-    def measure(
-        self,
-        implementation: str,
-        names: Sequence[str],
-        routings: Sequence[RoutingName],
-        process: Executor | None = None,
-    ) -> None:
-        """Measures configurations, one after the other, in this process at first; ends it, or those that replace it."""
+    def measure(self, implementation: str, names: Sequence[str], routings: Sequence[RoutingName]) -> None:
+        """Measures configurations of an implementation."""
         missing = {name: self._missing(implementation, name, routings) for name in names}
         missing = {name: routings for name, routings in missing.items() if routings}
         if len(missing) < len(names):
             self._say(f"{implementation}: {len(names) - len(missing)} of {len(names)} in {self._results.path} already")
-        spare, process = process, None
-        while missing:
-            if process is None:
-                process, spare = spare or new_process(), None
-                if implementation != OURS and (reason := self._why_not(implementation, process)):
-                    failure = {"implementation": implementation, "failure": reason}
-                    self._results.replace([*self._results.records, failure])
-                    break
-                process = self._compile(implementation, list(missing), process)
-            name = next(iter(missing))
-            records = self._measure(implementation, name, missing.pop(name), process)
-            self._results.replace([*self._results.records, *records])
-            failed = sum("failure" in record for record in records)
-            self._say(f"{implementation}, {name}: {len(records) - failed} timed, {failed} not")
-            if any(not record.get("failure", _HARMLESS[0]).startswith(_HARMLESS) for record in records):
+        if missing and implementation != OURS and (reason := self._why_not(implementation)):
+            self._say(f"{implementation}: {reason}")
+            self._keep([{"implementation": implementation, "failure": reason}])
+            return
+        # Choosing among kernels for dense matmuls runs them, and each of these asks for much memory.
+        jobs = 1 if implementation == "jax_ragged_dot" else self._jobs
+        for batch in itertools.batched(missing, jobs):
+            started = time.monotonic()
+            processes = {name: new_process() for name in batch}
+            preparing = {
+                name: process.submit(prepare, implementation, name, self._platform)
+                for name, process in processes.items()
+            }
+            wait(preparing.values())
+            self._say(f"{implementation}: prepared {', '.join(batch)} in {time.monotonic() - started:.0f} s")
+            for name, process in processes.items():
+                try:
+                    preparing[name].result()
+                    arguments = implementation, name, missing[name], self._platform
+                    task = process.submit(measure_configuration, *arguments, rounds=self._rounds, seed=self._seed)
+                    records = task.result()
+                except BrokenProcessPool:
+                    records = failures(implementation, name, missing[name], "its process died")
+                except Exception as failure:
+                    records = failures(implementation, name, missing[name], describe_failure(failure))
                 process.shutdown()
-                process = None
-        for one in (process, spare):
-            if one is not None:
-                one.shutdown()
+                self._keep(records)
+                failed = sum("failure" in record for record in records)
+                self._say(f"{implementation}, {name}: {len(records) - failed} timed, {failed} not")
 
     def _missing(self, implementation: str, name: str, routings: Sequence[RoutingName]) -> list[RoutingName]:
         wanted = {"configuration": name, "implementation": implementation}
         there = {record["routing"] for record in self._results.records if wanted.items() <= record.items()}
         return [routing for routing in routings if routing not in there]
 
-    def _why_not(self, implementation: str, process: Executor) -> str | None:
-        try:
-            reason = process.submit(why_not, implementation, self._platform).result()
-        except BrokenProcessPool:
-            reason = "not importable: its process died"
-        if reason:
-            self._say(f"{implementation}: {reason}")
-        return reason
+    def _why_not(self, implementation: str) -> str | None:
+        with new_process() as process:
+            try:
+                return process.submit(why_not, implementation, self._platform).result()
+            except BrokenProcessPool:
+                return "not importable: its process died"
 
-    def _compile(self, implementation: str, names: Sequence[str], process: Executor) -> Executor:
-        """Compiles in the process; returns it, or another, without its functions, if it died."""
-        try:
-            seconds = process.submit(compile_ahead, implementation, names, self._jobs).result()
-            self._say(f"{implementation}: compiled in {seconds:.0f} s")
-        except BrokenProcessPool:
-            self._say(f"{implementation}: the process that compiled died; one thread is to compile now")
-            process, self._jobs = new_process(), 1
-        return process
-
-    def _measure(
-        self, implementation: str, name: str, routings: Sequence[RoutingName], process: Executor
-    ) -> list[Record]:
-        arguments = implementation, name, routings, self._platform
-        try:
-            task = process.submit(measure_configuration, *arguments, rounds=self._rounds, seed=self._seed)
-            return task.result()
-        except BrokenProcessPool:
-            return failures(implementation, name, routings, "its process died")
+    def _keep(self, records: Sequence[Record]) -> None:
+        self._results.replace([*self._results.records, *records])
 
     def _say(self, what: str) -> None:
         self._console.print(f"{time.monotonic() - self._started:4.0f} s  {what}")
-
-
-def new_process() -> Executor:
-    """A process, started with its first task, which leaves this one without the device."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 def show(records: Sequence[Record], title: str, console: Console) -> None:
@@ -281,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"measure these too, or all that are there: {', '.join(PEERS)}",
     )
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="threads that compile")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile at a time")
     options = parser.parse_args(arguments)
     for name in ("rounds", "jobs"):
         if getattr(options, name) < 1:
@@ -290,8 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peers = chosen(parser, "--peers", options.peers, PEERS) if options.peers else []
     names = chosen(parser, "--only", options.only, CONFIGURATIONS) if options.only else None
 
-    process = new_process()
-    environment = process.submit(describe_environment).result()
+    # This process leaves the device alone, and the others take memory as they need it, for they share the device.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    with new_process() as process:
+        environment = process.submit(describe_environment).result()
     platform = environment["hardware"]["platform"]
     console = make_console(environment)
     method = METHOD.format(
@@ -302,9 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results.replace([record for record in results.records if "configuration" in record])
     run = Run(results, console, platform, rounds=options.rounds, seed=options.seed, jobs=options.jobs)
     names = names or default_names(platform)
-    run.measure(OURS, names, routings, process)
-    for peer in peers:
-        run.measure(peer, names, routings)
+    for implementation in (OURS, *peers):
+        run.measure(implementation, names, routings)
     show(results.records, f"{environment['hardware']['device']}, bfloat16, TFLOP/s", console)
     console.print(f"Written to {results.path}")
     ours = [record for record in results.records if record["implementation"] == OURS]

@@ -4,9 +4,11 @@
 that the program works, not what a GPU does.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +22,7 @@ from benchmarks.record import (
     describe_failure,
     make_console,
     make_parser,
+    new_process,
     open_results,
 )
 
@@ -28,6 +31,17 @@ x, weights and the gradient of y in bfloat16, float32 logits; route_top_k and mo
 kept_mib: bytes between forward and backward (the leaves of jax.vjp's pullback) beside x, the parameters and the
 logits. peak_mib: what XLA plans for forward and backward in one jit, beside operands and results
 (temp_size_in_bytes); output_mib: for the results, which are y and the gradients of x, both weights and the logits."""
+
+
+def measure(name: str) -> Record:
+    """Compiles a configuration in this process, and returns its record."""
+    configuration = CONFIGURATIONS[name]
+    record = describe(configuration, "jmoe")
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            return record | CompiledLayer(configuration, jmoe_layer(configuration), pool, timed=False).memory()
+    except Exception as failure:
+        return record | {"failure": describe_failure(failure)}
 
 
 def show(records: Sequence[Record], title: str, console: Console) -> None:
@@ -48,27 +62,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns 1 if a layer did not compile, and 0 otherwise."""
     parser = make_parser("memory", __doc__)
     parser.add_argument("--only", help=f"configurations, separated by commas: {', '.join(CONFIGURATIONS)}")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="threads that compile")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile at a time")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     names = chosen(parser, "--only", options.only, CONFIGURATIONS) if options.only else None
-    environment = describe_environment()
+    with new_process() as process:
+        environment = process.submit(describe_environment).result()
     console = make_console(environment)
     results = open_results(parser, options, METHOD, environment)
     there = {record["configuration"] for record in results.records}
     missing = [name for name in names or default_names(environment["hardware"]["platform"]) if name not in there]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        compiling = {}
-        for name in missing:
-            configuration = CONFIGURATIONS[name]
-            compiling[name] = CompiledLayer(configuration, jmoe_layer(configuration), pool, timed=False)
-        for name, compiled in compiling.items():
-            record = describe(CONFIGURATIONS[name], "jmoe")
+    for batch in itertools.batched(missing, options.jobs):
+        # Compilation is Python for the most part, which threads would not do any faster.
+        processes = [new_process() for _ in batch]
+        tasks = [process.submit(measure, name) for process, name in zip(processes, batch, strict=True)]
+        for process, name, task in zip(processes, batch, tasks, strict=True):
             try:
-                record |= compiled.memory()
-            except Exception as failure:
-                record["failure"] = describe_failure(failure)
+                record = task.result()
+            except BrokenProcessPool:
+                record = describe(CONFIGURATIONS[name], "jmoe") | {"failure": "its process died"}
+            process.shutdown()
             results.replace([*results.records, record])
     show(results.records, f"{environment['hardware']['device']}, MiB", console)
     console.print(f"Written to {results.path}")

@@ -5,12 +5,14 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import re
 import subprocess
 import types
 from collections.abc import Iterable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,11 @@ def chosen[Name: str](parser: argparse.ArgumentParser, option: str, value: str, 
     if unknown := [name for name in names if name not in by_name]:
         parser.error(f"{option}: there is no {unknown[0]!r}; there are {', '.join(by_name)}")
     return [by_name[name] for name in names]
+
+
+def new_process() -> Executor:
+    """A process, started with its first task, so that this one need not touch the device."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 def make_console(environment: Record) -> Console:

@@ -248,7 +248,8 @@ def _grouped_matmul_tables(content: Record) -> list[str]:
 def _train_step_tables(content: Record) -> list[str]:
     rows = []
     for record in content["records"]:
-        names = record["setting"], record.get("preset", ""), str(record.get("num_layers", "")), record.get("remat", "")
+        layers = f"{record.get('num_layers', '')}{'' if record.get('scan_layers', True) else ', unscanned'}"
+        names = record["setting"], record.get("preset", ""), layers, record.get("remat", "")
         if "failure" in record:
             rows.append((*names, "", *"----"))
             continue

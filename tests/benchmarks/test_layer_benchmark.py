@@ -91,6 +91,7 @@ def test_the_program_measures_layers_and_continues_its_file(tmp_path, monkeypatc
         assert 2 * 512 * 128 <= record["kept_mib"] * 2**20 < 2 * 2 * 512 * 128
         assert record["backend"] == "xla"
 
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")  # the program changes it
     monkeypatch.setattr(layer, "new_process", lambda: ThreadPoolExecutor(1))
     monkeypatch.setattr(layer, "measure", lambda *_, **__: pytest.fail("this was to be skipped"))
     resume = [*arguments, "--resume", "--peers", "sonicmoe"]
@@ -119,33 +120,32 @@ def test_arguments_that_are_not_known_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_configuration_whose_process_dies_is_recorded_and_the_next_is_measured(tmp_path, monkeypatch):
+def test_configurations_that_fail_are_recorded_and_the_next_is_measured(tmp_path, monkeypatch):
     class Dying(ThreadPoolExecutor):
         def submit(self, function, *arguments, **options):
             if function is layer.measure_configuration and "tiny" in arguments:
                 raise BrokenProcessPool
             return super().submit(function, *arguments, **options)
 
+    def prepare(implementation, name, platform):
+        if name == "dMoE-XS":
+            raise ValueError("F must be a multiple of 64")
+
     def measure_none(implementation, name, routings, *_, **__):
         return [{"configuration": name, "implementation": implementation, "routing": routing} for routing in routings]
 
-    processes = []
-
-    def new_process():
-        processes.append(Dying(1))
-        return processes[-1]
-
-    monkeypatch.setattr(layer, "new_process", new_process)
-    monkeypatch.setattr(layer, "compile_ahead", lambda *_: 0.0)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")  # the program changes it
+    monkeypatch.setattr(layer, "new_process", lambda: Dying(1))
+    monkeypatch.setattr(layer, "prepare", prepare)
     monkeypatch.setattr(layer, "measure_configuration", measure_none)
     monkeypatch.setattr(layer, "show", lambda *_: None)
     file = tmp_path / "results.json"
-    assert layer.main(["--only", "tiny,tiny-gelu", "--out", str(file)]) == 1
-    dead, fine = json.loads(file.read_text())["records"]
+    assert layer.main(["--only", "tiny,dMoE-XS,tiny-gelu", "--jobs", "2", "--out", str(file)]) == 1
+    dead, refused, fine = json.loads(file.read_text())["records"]
     assert (dead["configuration"], dead["failure"]) == ("tiny", "its process died")
+    assert (refused["configuration"], refused["failure"]) == ("dMoE-XS", "ValueError: F must be a multiple of 64")
     assert fine["configuration"] == "tiny-gelu"
     assert "failure" not in fine
-    assert len(processes) == 2
 
 
 def test_a_layer_that_is_wrong_is_recorded_and_not_timed():
@@ -259,6 +259,7 @@ def test_what_is_kept_does_not_count_the_operands():
 def test_memory_is_recorded_without_running_anything(tmp_path, monkeypatch, capsys):
     file = tmp_path / "results.json"
     arguments = ["--only", "tiny", "--jobs", "1", "--out", str(file)]
+    monkeypatch.setattr(memory, "new_process", lambda: ThreadPoolExecutor(1))
     assert memory.main(arguments) == 0
     [record] = json.loads(file.read_text())["records"]
     assert record["kept_mib"] * 2**20 > 2 * 512 * 128

@@ -106,6 +106,7 @@ def test_grouped_matmuls_and_steps_are_shown_with_what_failed(tmp_path):
         return {"configuration": "olmoe", "operation": "weight_gradient", "implementation": implementation, **more}
 
     step = {"setting": "bf16", "preset": "olmoe_1b_7b", "num_layers": 4, "remat": "none", "failure": "its process died"}
+    unscanned = step | {"setting": "program", "scan_layers": False}
     page = _page(
         tmp_path,
         _content(
@@ -116,10 +117,11 @@ def test_grouped_matmuls_and_steps_are_shown_with_what_failed(tmp_path):
                 matmul("jax_ragged_dot", failure="out of memory: asks for much"),
             ],
         ),
-        _content("train_step", [step]),
+        _content("train_step", [step, unscanned]),
     )
     assert "| olmoe | weight gradient | 750 | 0.930 | 1.500 | out of memory |" in page
     assert "| bf16 | olmoe_1b_7b | 4 | none |  | - | - | - | - |" in page
+    assert "| program | olmoe_1b_7b | 4, unscanned | none |  | - | - | - | - |" in page
     assert "- bf16: `its process died`" in page
 
 
