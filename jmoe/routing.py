@@ -141,6 +141,10 @@ def route_top_k(
     # In the logarithm nothing underflows, so that weights sum to 1 even where every score of a token is tiny.
     if score == "sigmoid":
         log_score = jax.nn.log_sigmoid(chosen)
+    elif normalize:
+        # A softmax over all experts would only subtract what the normalisation adds again, and keep [T, E] for the
+        # backward.
+        log_score = chosen
     else:
         over = logits if score_order == "before_top_k" else chosen
         log_score = chosen - jax.nn.logsumexp(over, axis=1, keepdims=True)

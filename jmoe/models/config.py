@@ -68,8 +68,8 @@ class TransformerConfig:
         remat: What each layer keeps for the backward pass, which recomputes the rest: with "none" all that it
             needs, with "dots" the results of plain matrix products, with "full" only the layer's input.
         scan_layers: Whether layers that repeat run as one compiled body, scanned, with their parameters stacked.
-            Otherwise each has parameters of its own and is compiled by itself: steps are faster, since no weights
-            and gradients are copied from and to the stacks, and compilation takes longer with every layer.
+            Otherwise each has parameters of its own and is compiled by itself: no weights and gradients are copied
+            from and to the stacks, and compilation takes longer with every layer.
         attention_implementation: "cudnn" (NVIDIA GPUs, bfloat16 or float16), "xla", or "auto": cuDNN where it
             can run.
         moe_implementation: `implementation` of every MoE layer: "mosaic_gpu", "xla", "reference", or "auto"
