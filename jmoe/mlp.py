@@ -113,6 +113,8 @@ def _forward(options, x, parameters, weight, dispatch):
     a = activate(options.activation, _accumulator(h)).astype(x.dtype)  # [R, F]
     y_rows = _down(options, a, parameters, dispatch)  # [R, D]
     y = combine(y_rows, weight if options.weight_on == "output" else None, dispatch, x.shape[0])  # [T, D]
+    if parameters.b_up is None and parameters.b_down is None:
+        dispatch = dataclasses.replace(dispatch, expert_index=None)  # which only the biases' gradients read
     # The parameters as they came: a copy in the compute dtype would live until the backward.
     return y, (x, parameters, weight, dispatch, h)
 

@@ -148,9 +148,21 @@ def route_top_k(
     else:
         over = logits if score_order == "before_top_k" else chosen
         log_score = chosen - jax.nn.logsumexp(over, axis=1, keepdims=True)
-    if normalize:
-        log_score = jax.nn.log_softmax(log_score, axis=1)
-    return Routing(expert_index, scale * jnp.exp(log_score))
+    weight = _softmax(log_score) if normalize else jnp.exp(log_score)
+    return Routing(expert_index, weight if scale == 1 else scale * weight)
+
+
+@jax.custom_jvp
+def _softmax(x: Float[Array, "T K"]) -> Float[Array, "T K"]:
+    return jax.nn.softmax(x, axis=1)
+
+
+@_softmax.defjvp
+def _softmax_derivative(primals, tangents):
+    # By its own result, which is kept in any case, and by nothing else.
+    ((x,), (dx,)) = primals, tangents
+    weight = _softmax(x)
+    return weight, weight * (dx - jnp.sum(weight * dx, axis=1, keepdims=True))
 
 
 def is_present(expert_index: Int[Array, "..."], num_experts: int) -> Bool[Array, "..."]:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -200,6 +201,24 @@ def test_only_x_and_the_pre_activations_are_kept_for_the_backward(activation, wi
     assert sum(a.size * a.dtype.itemsize for a in floats) == 2 * 64 * 32 + 2 * width * rows * 16
     integers = [a for a in kept if jnp.issubdtype(a.dtype, jnp.integer)]
     assert sum(a.size for a in integers) <= 4 * rows + 8
+
+
+def test_the_router_adds_its_weights_to_what_is_kept_and_no_scores_of_all_experts(make_problem):
+    problem = make_problem(64, 8, 4, features=32, hidden=16)
+    tokens, experts, rows = 64, 8, problem.weight.size
+
+    def layer(x, w_up, w_down, logits):
+        return jmoe.moe_mlp(x, w_up, w_down, jmoe.route_top_k(logits, 4))
+
+    operands = problem.x, problem.w_up, problem.w_down, jnp.zeros((tokens, experts))
+    kept = jax.make_jaxpr(lambda *operands: jax.tree.leaves(jax.vjp(layer, *operands)[1]))(*operands).jaxpr
+    # An array that is kept twice is there once.
+    variables = {v for v in kept.outvars if isinstance(v, jax.extend.core.Var)} - set(kept.invars)
+    arrays: list[Any] = [v.aval for v in variables]
+    floats = [a for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
+    assert sorted(a.shape for a in floats) == [(tokens, 4), (rows, 32)]
+    integers = [a for a in arrays if jnp.issubdtype(a.dtype, jnp.integer)]
+    assert sum(a.size for a in integers) == 4 * rows + experts
 
 
 def test_the_compiler_keeps_no_gathered_rows_between_forward_and_backward(make_problem):
