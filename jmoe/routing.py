@@ -135,7 +135,7 @@ def route_top_k(
 
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     nan = jnp.isnan(logits).any(axis=1)
-    check(~nan, "logits hold NaN for {nan} of {tokens} tokens", nan=nan.sum(), tokens=jnp.asarray(nan.size))
+    check(~nan, f"logits hold NaN for {{nan}} of {nan.size} tokens", nan=nan.sum())
 
     chosen, expert_index = jax.lax.top_k(logits, k)
     # In the logarithm nothing underflows, so that weights sum to 1 even where every score of a token is tiny.
