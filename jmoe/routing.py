@@ -149,7 +149,8 @@ def route_top_k(
         over = logits if score_order == "before_top_k" else chosen
         log_score = chosen - jax.nn.logsumexp(over, axis=1, keepdims=True)
     weight = _softmax(log_score) if normalize else jnp.exp(log_score)
-    return Routing(expert_index, weight if scale == 1 else scale * weight)
+    is_one = isinstance(scale, int | float) and scale == 1  # a traced scale is not compared
+    return Routing(expert_index, weight if is_one else scale * weight)
 
 
 @jax.custom_jvp

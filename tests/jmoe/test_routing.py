@@ -128,3 +128,11 @@ def test_routings_pass_through_jit_vmap_and_eval_shape(logits):
 def test_a_bad_argument_is_a_value_error_that_names_it(arguments, message, logits):
     with pytest.raises(ValueError, match=message):
         jmoe.route_top_k(**{"logits": logits, "k": 2, **arguments})
+
+
+@pytest.mark.usefixtures("without_annotation_checks")
+def test_the_scale_may_be_traced():
+    logits = jnp.array([[0.0, 2.0, 1.0]])
+    traced = jax.jit(lambda scale: jmoe.route_top_k(logits, 2, scale=scale).weight)
+    for scale in (1.0, 2.5):
+        np.testing.assert_allclose(traced(scale), jmoe.route_top_k(logits, 2, scale=scale).weight, rtol=1e-6)
