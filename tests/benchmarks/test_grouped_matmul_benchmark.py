@@ -1,8 +1,4 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +9,6 @@ from benchmarks.grouped_matmul import measure, with_ratios
 from benchmarks.jax_matmuls import JaxMatmuls
 from benchmarks.matmuls import Candidate, Problem, draw_sample
 
-ROOT = Path(__file__).parents[2]
 OPERATIONS = {"forward", "transposed", "weight_gradient"}
 PROBLEM = Problem("test", 96, 64, 32, 4)
 
@@ -26,19 +21,11 @@ def _fail(*_arguments, **_options):
     raise AssertionError("this was to be skipped")
 
 
-def test_the_program_measures_every_operation_and_continues_its_file(tmp_path, monkeypatch, capsys):
+def test_the_program_measures_every_operation_and_continues_its_file(run_program, tmp_path, monkeypatch, capsys):
     file = tmp_path / "results.json"
     arguments = ["--only", "tiny", "--rounds", "2", "--out", str(file)]
-    program = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "benchmarks.grouped_matmul", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert program.returncode == 0, program.stderr
-    assert "says nothing of a GPU's speed" in program.stdout
+    printed = run_program("grouped_matmul", *arguments)
+    assert "says nothing of a GPU's speed" in printed
     content = json.loads(file.read_text())
     assert content["hardware"]["platform"] == "cpu"
     assert "Then 2 rounds" in content["method"]

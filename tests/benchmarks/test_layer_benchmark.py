@@ -1,10 +1,6 @@
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +23,7 @@ from benchmarks.layers import (
 from benchmarks.timing import Variant
 from benchmarks.torch_layers import TorchLayer
 
-ROOT = Path(__file__).parents[2]
 SMALL = Configuration("small", T=600, D=16, F=8, E=6, K=2)
-
-
-def _environment():
-    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def _compile(function, configuration=SMALL):
@@ -63,19 +54,11 @@ def _measure(layer):
     return measure(layer, SMALL, "random", implementation="jmoe", rounds=2, seed=0)
 
 
-def test_the_program_measures_layers_and_continues_its_file(tmp_path, monkeypatch, capsys):
+def test_the_program_measures_layers_and_continues_its_file(run_program, tmp_path, monkeypatch, capsys):
     file = tmp_path / "results.json"
     arguments = ["--only", "tiny", "--rounds", "2", "--out", str(file)]
-    program = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "benchmarks.layer", *arguments, "--routing", "random,zipf"],
-        cwd=ROOT,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert program.returncode == 0, program.stderr
-    assert "says nothing of a GPU's speed" in program.stdout
+    printed = run_program("layer", *arguments, "--routing", "random,zipf")
+    assert "says nothing of a GPU's speed" in printed
     content = json.loads(file.read_text())
     assert content["hardware"]["platform"] == "cpu"
     assert "Then 2 rounds" in content["method"]
@@ -186,7 +169,7 @@ def test_operations_are_counted_as_the_papers_count_them():
     assert olmoe.flops("forward") == 6 * 32_768 * 8 * 2048 * 1024
     assert olmoe.flops("backward") == 2 * olmoe.flops("forward")
     assert dmoe.flops("both") == 3 * 4 * 65_536 * 512 * 2048
-    assert olmoe.up_flops == 2 * olmoe.R * 2048 * 2048
+    assert olmoe.up_flops == 2 * olmoe.num_rows * 2048 * 2048
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,7 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +10,13 @@ import pytest
 from benchmarks import train_step
 from benchmarks.train_step import Workload, bf16_setting, program_setting
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_the_program_measures_steps_and_continues_its_file(tmp_path, monkeypatch, capsys):
+def test_the_program_measures_steps_and_continues_its_file(run_program, tmp_path, monkeypatch, capsys):
     file = tmp_path / "results.json"
     arguments = ["--only", "program", "--num-layers", "1", "--batch-size", "2", "--steps", "2", "--out", str(file)]
     short = [*arguments, "--sequence-length", "16", "--no-scan-layers"]
-    program = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "benchmarks.train_step", *short],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert program.returncode == 0, program.stderr
-    assert "says nothing of a GPU's speed" in program.stdout
+    printed = run_program("train_step", *short)
+    assert "says nothing of a GPU's speed" in printed
     content = json.loads(file.read_text())
     assert content["hardware"]["platform"] == "cpu"
     assert "medians and extremes of 2 steps" in content["method"]
