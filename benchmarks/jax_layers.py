@@ -244,7 +244,7 @@ def _operand_shapes(configuration: Configuration) -> tuple[jax.ShapeDtypeStruct,
     """Of x, w_up, w_down, logits and dy."""
     c, bf16 = configuration, jnp.bfloat16
     x = jax.ShapeDtypeStruct((c.T, c.D), bf16)
-    w_up = jax.ShapeDtypeStruct((c.E, c.D, c.H), bf16)
+    w_up = jax.ShapeDtypeStruct((c.E, c.D, c.up_columns), bf16)
     w_down = jax.ShapeDtypeStruct((c.E, c.F, c.D), bf16)
     return x, w_up, w_down, jax.ShapeDtypeStruct((c.T, c.E), jnp.float32), x
 
@@ -254,7 +254,7 @@ def _programs(
 ) -> dict[str, Program]:
     c, bf16 = configuration, jnp.bfloat16
     operands = x, *_, dy = _operand_shapes(c)
-    dense = jax.ShapeDtypeStruct((c.R, c.D), bf16), jax.ShapeDtypeStruct((c.D, c.H), bf16)
+    dense = jax.ShapeDtypeStruct((c.num_rows, c.D), bf16), jax.ShapeDtypeStruct((c.D, c.up_columns), bf16)
     both = functools.partial(_forward_and_backward, layer)
     exact = functools.partial(_on_sample, c, jnp.float32)
     plain = functools.partial(_on_sample, c, bf16)
@@ -277,7 +277,7 @@ def _programs(
 def _draw_operands(configuration: Configuration, seed: Array) -> tuple[Array, ...]:
     c = configuration
     x, w_up, w_down, _, dy = _operand_shapes(c)
-    shapes = x.shape, w_up.shape, w_down.shape, dy.shape, (c.R, c.D), (c.D, c.H)
+    shapes = x.shape, w_up.shape, w_down.shape, dy.shape, (c.num_rows, c.D), (c.D, c.up_columns)
     scales = 1, c.D**-0.5, c.F**-0.5, 1, 1, 1  # pre-activations and outputs of experts about as large as x
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return tuple(

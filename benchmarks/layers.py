@@ -36,23 +36,23 @@ class Configuration:
     activation: Literal["swiglu", "gelu"] = "swiglu"
 
     @property
-    def R(self) -> int:  # noqa: N802
-        """Routed rows."""
+    def num_rows(self) -> int:
+        """Routed rows, R."""
         return self.T * self.K
 
     @property
-    def H(self) -> int:  # noqa: N802
+    def up_columns(self) -> int:
         """Columns of the up-projection."""
         return 2 * self.F if self.activation == "swiglu" else self.F
 
     @property
     def up_flops(self) -> int:
         """Floating-point operations of the up-projection."""
-        return 2 * self.R * self.D * self.H
+        return 2 * self.num_rows * self.D * self.up_columns
 
     def flops(self, operation: str) -> int:
         """Floating-point operations of the layer's matmuls: "forward", "backward" or "both"."""
-        forward = self.up_flops + 2 * self.R * self.F * self.D
+        forward = self.up_flops + 2 * self.num_rows * self.F * self.D
         return {"forward": 1, "backward": 2, "both": 3}[operation] * forward
 
 

@@ -41,8 +41,8 @@ python -m benchmarks.report
 ```
 
 Each program has `--help`, writes a result as soon as it has it, and goes on with a file by `--resume`. `--peers`
-measures other implementations too, those that can be imported, each in a process of its own. Nothing is timed before
-its results were compared with float32.
+measures other implementations too, those that can be imported, each in a process of its own. Matmuls and layers are
+timed only after their results were compared with float32.
 """
 
 
@@ -117,7 +117,7 @@ _GROUPED_MATMUL = """\
 
 `pallas_kernels` on the up-projections of four models, in TFLOP/s. *Of cuBLAS* is the ratio to the faster of dense and
 batched matmuls of as many operations, through JAX or PyTorch; *of grouped_mm* that to PyTorch's grouped_mm. All of it
-is from the same run.
+is from the same run; an empty cell was not measured in it.
 """
 
 _TRAIN_STEP = """\

@@ -35,8 +35,11 @@ class TorchLayer:
 
         c = configuration
         self._x, self._dy = normal(c.T, c.D), normal(c.T, c.D)
-        self._w_up, self._w_down = normal(c.E, c.D, c.H, scale=c.D**-0.5), normal(c.E, c.F, c.D, scale=c.F**-0.5)
-        self._dense = normal(c.R, c.D), normal(c.D, c.H)
+        self._w_up, self._w_down = (
+            normal(c.E, c.D, c.up_columns, scale=c.D**-0.5),
+            normal(c.E, c.F, c.D, scale=c.F**-0.5),
+        )
+        self._dense = normal(c.num_rows, c.D), normal(c.D, c.up_columns)
         self._logits: Any = None
         for parameter in (self._x, self._w_up, self._w_down):
             parameter.requires_grad_()
@@ -105,7 +108,7 @@ class TorchLayer:
         weight = chosen.softmax(dim=1).to(torch.bfloat16)
         sorted_expert, order = expert.flatten().sort(stable=True)
         position = torch.empty_like(order)
-        position[order] = torch.arange(c.R, device=self._device)
+        position[order] = torch.arange(c.num_rows, device=self._device)
         experts = torch.arange(c.E, device=self._device)
         ends = torch.searchsorted(sorted_expert, experts, right=True, out_int32=True)
 
