@@ -1,5 +1,6 @@
 """The activations of expert MLPs, plain and gated."""
 
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -11,7 +12,7 @@ GatedActivation = Literal["swiglu", "geglu", "reglu"]
 PlainActivation = Literal["gelu", "relu", "relu_squared", "silu"]
 Activation = GatedActivation | PlainActivation | Callable[[Array], Array]
 
-_GATES = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "reglu": jax.nn.relu}
+_GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
 _PLAIN = {
     "gelu": jax.nn.gelu,
     "relu": jax.nn.relu,
@@ -44,5 +45,41 @@ def activate(activation: Activation, h: Float[Array, "*batch H"]) -> Float[Array
         return activation(h)
     if is_gated(activation):
         gate, up = jnp.split(h, 2, axis=-1)
-        return _GATES[activation](gate) * up
+        return _PLAIN[_GATES[activation]](gate) * up
     return _PLAIN[activation](h)
+
+
+def value_and_derivative(activation: Activation) -> Callable[[Array], tuple[Array, Array]]:
+    """Returns a function that computes f(x) and f'(x), where f is an activation, or the gate of a gated one.
+
+    The named activations have formulas, which kernels can lower; they are those that `activate` has by automatic
+    differentiation.
+    """
+    if callable(activation):
+        return lambda x: jax.jvp(activation, (x,), (jnp.ones_like(x),))
+    return _WITH_DERIVATIVE[_GATES.get(activation, activation)]
+
+
+def _gelu(x: Array) -> tuple[Array, Array]:
+    scale, cubic = math.sqrt(2 / math.pi), 0.044715
+    tanh = jnp.tanh(scale * (x + cubic * x * x * x))
+    half = 0.5 * (1 + tanh)
+    return x * half, half + 0.5 * x * (1 - tanh * tanh) * scale * (1 + 3 * cubic * x * x)
+
+
+def _relu(x: Array) -> tuple[Array, Array]:
+    return jnp.maximum(x, 0), jnp.where(x > 0, 1, 0).astype(x.dtype)
+
+
+def _relu_squared(x: Array) -> tuple[Array, Array]:
+    positive = jnp.maximum(x, 0)
+    return positive * positive, 2 * positive
+
+
+def _silu(x: Array) -> tuple[Array, Array]:
+    sigmoid = 1 / (1 + jnp.exp(-x))
+    value = x * sigmoid
+    return value, sigmoid + value * (1 - sigmoid)
+
+
+_WITH_DERIVATIVE = {"gelu": _gelu, "relu": _relu, "relu_squared": _relu_squared, "silu": _silu}

@@ -9,12 +9,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jmoe.activations import Activation, activate, is_gated
+from jmoe.activations import Activation, activate, is_gated, value_and_derivative
 from jmoe.combine import combine, group_sum
 from jmoe.debug import check
 from jmoe.dispatch import Dispatch, check_routing, make_dispatch
 from jmoe.routing import Assignments, Routing, is_present
-from pallas_kernels import Implementation, grouped_matmul, grouped_weight_gradient
+from pallas_kernels import (
+    Implementation,
+    activation_gradient,
+    gather_rows,
+    grouped_matmul,
+    grouped_weight_gradient,
+)
 
 WeightOn = Literal["output", "input"]
 
@@ -125,17 +131,18 @@ def _backward(options, residuals, dy):
     # once and keep them from forward to backward; or begin with them before dy is there. Where layers are scanned,
     # a barrier makes copies, so of the parameters only those that are cast go through it.
     are_cast = [p if p is not None and p.dtype != x.dtype else None for p in parameters]
-    token_index, are_cast, dy = lax.optimization_barrier((dispatch.token_index, are_cast, dy))
-    dispatch = dataclasses.replace(dispatch, token_index=token_index)
+    row_maps = dispatch.token_index, dispatch.position
+    (token_index, position), are_cast, dy = lax.optimization_barrier((row_maps, are_cast, dy))
+    dispatch = dataclasses.replace(dispatch, token_index=token_index, position=position)
     parameters = ExpertParameters._make(p if c is None else c for p, c in zip(parameters, are_cast, strict=True))
-    dy_rows = _gather(dy, dispatch)  # [R, D]
+    dy_rows = _gather(options, dy, dispatch)  # [R, D]
     # [R, H], [R, F], [R]
     dh, a, dweight = _down_input_gradient(options, dy_rows, h, parameters, weight, dispatch)
     dw_down = _weight_gradient(options, a, dy_rows, parameters.w_down, dispatch)  # [E, F, D]
     dv_rows = _scale(_accumulator(dy_rows), weight, dispatch) if options.weight_on == "output" else dy_rows
     db_down = _bias_gradient(dv_rows, parameters.b_down, dispatch)  # [E, D]
 
-    x_rows = _gather(x, dispatch)  # [R, D]
+    x_rows = _gather(options, x, dispatch)  # [R, D]
     dx_rows = _matmul(options, dh, parameters.w_up, dispatch, transpose_rhs=True)  # [R, D]
     db_up = _bias_gradient(dh, parameters.b_up, dispatch)  # [E, H]
     if options.weight_on == "input":
@@ -157,7 +164,7 @@ def _up(options, x, parameters, weight, dispatch):
     """Gathers the rows of x and computes the pre-activations."""
     exact = options.weight_on == "input" or parameters.b_up is not None
     dtype = _accumulator_dtype(x) if exact else x.dtype
-    h = _matmul(options, _gather(x, dispatch), parameters.w_up, dispatch, dtype=dtype)
+    h = _matmul(options, _gather(options, x, dispatch), parameters.w_up, dispatch, dtype=dtype)
     if options.weight_on == "input":
         # After the matmul, where the product is still in float32: (w x) W = w (x W).
         h = _scale(h, weight, dispatch)
@@ -180,16 +187,18 @@ def _down_input_gradient(options, dy_rows, h, parameters, weight, dispatch):
     Returns the gradient of the pre-activations, the activations that the gradient of w_down needs, and that
     of the weights on the outputs v, `<dy, v> = <dy @ w_down^T, a> + <dy, b_down>`.
     """
-    da = _accumulator(_matmul(options, dy_rows, parameters.w_down, dispatch, transpose_rhs=True))  # [R, F]
-    a, pull_back = jax.vjp(functools.partial(activate, options.activation), _accumulator(h))
-    dweight = None
-    if options.weight_on == "output":
-        dweight = jnp.sum(da * a, axis=1)
-        if parameters.b_down is not None:
-            dweight += jnp.sum(_accumulator(dy_rows) * _of_rows(parameters.b_down, dispatch), axis=1)
-        da, a = _scale(da, weight, dispatch), _scale(a, weight, dispatch)
-    (dh,) = pull_back(da)
-    return dh.astype(h.dtype), a.astype(h.dtype), dweight
+    da = _matmul(options, dy_rows, parameters.w_down, dispatch, transpose_rhs=True)  # [R, F]
+    dh, a, dweight = activation_gradient(
+        h,
+        da,
+        dispatch.to_rows(weight) if options.weight_on == "output" else None,
+        value_and_derivative(options.activation),
+        # A kernel of ours may not be able to compute a function of the user's.
+        implementation="xla" if callable(options.activation) else options.implementation,
+    )
+    if dweight is not None and parameters.b_down is not None:
+        dweight += jnp.sum(_accumulator(dy_rows) * _of_rows(parameters.b_down, dispatch), axis=1)
+    return dh, a, dweight
 
 
 def _bias_gradient(rows, bias, dispatch):
@@ -217,9 +226,12 @@ def _weight_gradient(options, rows, out_grad, weights, dispatch):
     )
 
 
-def _gather(tokens, dispatch):
+def _gather(options, tokens, dispatch):
     """Reads the token of each row. Absent rows read some token or other: their result is never used."""
-    return tokens.at[dispatch.token_index].get(mode="clip")
+    if dispatch.position.ndim == 2:
+        implementation = options.implementation
+        return gather_rows(tokens, dispatch.token_index, dispatch.position, implementation=implementation)
+    return tokens.at[dispatch.token_index].get(mode="clip")  # tokens have different numbers of rows
 
 
 def _of_rows(per_expert, dispatch):

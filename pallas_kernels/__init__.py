@@ -1,5 +1,10 @@
-"""Kernels for grouped matmuls on GPUs: arrays in, arrays out; nothing here knows of tokens, routers or meshes."""
+"""Kernels for grouped matmuls on GPUs and what goes around them: arrays in, arrays out.
 
+Nothing here knows of tokens, routers or meshes.
+"""
+
+from pallas_kernels.activation_gradient import activation_gradient
+from pallas_kernels.gather_rows import gather_rows
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.schedule import BlockSchedule, make_block_schedule
@@ -7,6 +12,8 @@ from pallas_kernels.schedule import BlockSchedule, make_block_schedule
 __all__ = [
     "BlockSchedule",
     "Implementation",
+    "activation_gradient",
+    "gather_rows",
     "grouped_matmul",
     "grouped_weight_gradient",
     "make_block_schedule",

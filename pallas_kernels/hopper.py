@@ -260,20 +260,31 @@ def block_columns(n: int) -> int:
     return 256 if pl.cdiv(n, 256) * 256 * 7 <= n * 8 else 128
 
 
+def chunk_columns(width: int) -> int:
+    """Chooses how many columns of a row to work on at a time: the most of 256, 128 and 64 that divide its width."""
+    return next(columns for columns in (256, 128, 64) if width % columns == 0)
+
+
 def pad_rows(x: Float[Array, "M N"]) -> Float[Array, "_ N"]:
     """Copies x to a whole number of 8-row lines, where it has not; TMA reads nothing less."""
     padding = -x.shape[0] % TMA_ROWS
     return jnp.pad(x, ((0, padding), (0, 0))) if padding else x
 
 
-def persistent_kernel(body: Callable, *, out_type: jax.ShapeDtypeStruct, scratch_types: dict) -> Callable:
-    """Wraps a kernel body of three warpgroups ("wg") with one persistent block ("sm") for each multiprocessor."""
+def persistent_kernel(
+    body: Callable,
+    *,
+    out_type: jax.ShapeDtypeStruct,
+    scratch_types: dict,
+    num_warpgroups: int = NUM_COMPUTE_WARPGROUPS + 1,
+) -> Callable:
+    """Wraps a kernel body of some warpgroups ("wg") with one persistent block ("sm") for each multiprocessor."""
     return plgpu.kernel(
         body,
         out_type=out_type,
         grid=(num_sms(),),
         grid_names=("sm",),
-        num_threads=NUM_COMPUTE_WARPGROUPS + 1,
+        num_threads=num_warpgroups,
         thread_name="wg",
         scratch_types=scratch_types,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import jmoe
-from pallas_kernels import grouped_matmul, grouped_weight_gradient
+from jmoe.activations import value_and_derivative
+from pallas_kernels import activation_gradient, gather_rows, grouped_matmul, grouped_weight_gradient
 
 pytestmark = pytest.mark.gpu
 
@@ -131,6 +132,37 @@ def test_vmap_runs_the_kernel_for_every_element(relative_error):
     for i in range(3):
         expected = exactly(grouped_matmul)(lhs[i], rhs[i], sizes[i])
         assert relative_error(products[i], expected) < TOLERANCE[jnp.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("n", "c", "d"), [(1, 1, 64), (1, 8, 2048), (999, 3, 320), (4096, 8, 1024), (7, 17, 192), (130, 2, 14336)]
+)
+def test_gathered_rows_are_equal_to_the_bit(n, c, d, dtype):
+    x = random_normal(0, n, d, dtype=dtype).at[0].set(jnp.nan)
+    position = jax.random.permutation(jax.random.key(1), n * c).astype(jnp.int32)
+    index = jnp.zeros(n * c, jnp.int32).at[position].set(jnp.arange(n * c) // c)
+    rows = jax.jit(functools.partial(gather_rows, implementation="mosaic_gpu"))(x, index, position.reshape(n, c))
+    np.testing.assert_array_equal(np.asarray(rows).view(np.uint16), np.asarray(x)[index].view(np.uint16))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("rows", "width"), [(8, 64), (1001, 320), (5000, 1024)])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "reglu", "gelu", "relu", "relu_squared", "silu"])
+def test_the_activation_gradient_matches_the_reference(activation, rows, width, weighted, relative_error):
+    parts = 2 if activation.endswith("glu") else 1
+    h, da = random_normal(0, rows, parts * width), random_normal(1, rows, width)
+    weight = random_normal(2, rows, dtype=jnp.float32) if weighted else None
+    formula = value_and_derivative(activation)
+
+    def run(implementation, *arrays):
+        go_back = functools.partial(activation_gradient, value_and_derivative=formula, implementation=implementation)
+        return jax.jit(go_back)(*arrays)
+
+    expected = run("reference", h.astype(jnp.float32), da.astype(jnp.float32), weight)
+    for result, value in zip(run("mosaic_gpu", h, da, weight), expected, strict=True):
+        assert (result is None) == (value is None)
+        assert result is None or relative_error(result, value) < TOLERANCE[result.dtype.type]
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
