@@ -21,6 +21,11 @@ def has_hopper_gpu() -> bool:
     return capability == "9.0" if capability else any(name in device.device_kind for name in ("H100", "H200"))
 
 
+def device_kind() -> str:
+    """Returns the name of the device that computations run on by default, such as "NVIDIA H100 80GB HBM3"."""
+    return _device().device_kind
+
+
 def num_sms() -> int:
     """Returns the number of streaming multiprocessors of the GPU that computations run on by default."""
     device = _device()

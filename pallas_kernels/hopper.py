@@ -260,6 +260,13 @@ def block_columns(n: int) -> int:
     return 256 if pl.cdiv(n, 256) * 256 * 7 <= n * 8 else 128
 
 
+def fits_shared_memory(num_slots: int, slot_elements: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Says whether a ring of such slots fits beside the buffers of `FinishedTile` and the barriers."""
+    buffers = NUM_COMPUTE_WARPGROUPS * 2 * WARPGROUP_ROWS * SWIZZLE_BYTES
+    barriers = 1024
+    return num_slots * slot_elements * jnp.dtype(dtype).itemsize + buffers + barriers <= SHARED_MEMORY_BYTES
+
+
 def chunk_columns(width: int) -> int:
     """Chooses how many columns of a row to work on at a time: the most of 256, 128 and 64 that divide its width."""
     return next(columns for columns in (256, 128, 64) if width % columns == 0)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Integer
 
 from pallas_kernels import hopper
 from pallas_kernels.schedule import make_tile_schedule
+from pallas_kernels.tuning import Problem, choose_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,15 @@ class Config:
     num_stages: int = 4
     band_rows: int = 8
 
+    @classmethod
+    def for_width(cls, n: int) -> "Config":
+        """The rule for a result of n columns, where nothing was measured."""
+        return cls(block_n=hopper.block_columns(n))
+
+    def fits(self, dtype: jax.typing.DTypeLike) -> bool:
+        """Says whether the tiles of such operands fit into shared memory."""
+        return hopper.fits_shared_memory(self.num_stages, (self.block_m + self.block_n) * self.block_k, dtype)
+
 
 def grouped_matmul(
     lhs: Float[Array, "M K"],
@@ -53,7 +63,18 @@ def grouped_matmul(
     num_rows, k = lhs.shape
     num_groups = group_sizes.size
     n = rhs.shape[1 if transpose_rhs else 2]
-    config = config or Config(block_n=hopper.block_columns(n))
+    config = config or choose_config(
+        Problem.of(
+            "grouped_matmul_transposed" if transpose_rhs else "grouped_matmul",
+            dtype=lhs.dtype,
+            out_dtype=out_dtype,
+            k=k,
+            n=n,
+            num_groups=num_groups,
+            num_rows=num_rows,
+        ),
+        Config.for_width(n),
+    )
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     k_steps = pl.cdiv(k, block_k)
     schedule = make_tile_schedule(

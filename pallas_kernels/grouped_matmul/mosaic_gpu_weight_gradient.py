@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Integer
 
 from pallas_kernels import hopper
 from pallas_kernels.schedule import group_bounds
+from pallas_kernels.tuning import Problem, choose_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,15 @@ class Config:
     num_stages: int = 4
     band_rows: int = 8
 
+    @classmethod
+    def for_width(cls, n: int) -> "Config":
+        """The rule for a result of n columns, where nothing was measured."""
+        return cls(block_n=hopper.block_columns(n))
+
+    def fits(self, dtype: jax.typing.DTypeLike) -> bool:
+        """Says whether the tiles of such operands fit into shared memory."""
+        return hopper.fits_shared_memory(self.num_stages, (self.block_k + self.block_n) * self.block_m, dtype)
+
 
 def grouped_weight_gradient(
     lhs: Float[Array, "M K"],
@@ -60,7 +70,18 @@ def grouped_weight_gradient(
     del precision, accumulator_dtype  # products of 16-bit operands are exact, sums are in float32
     num_rows, k = lhs.shape
     n, num_groups = out_grad.shape[1], group_sizes.size
-    config = config or Config(block_n=hopper.block_columns(n))
+    config = config or choose_config(
+        Problem.of(
+            "grouped_weight_gradient",
+            dtype=lhs.dtype,
+            out_dtype=out_dtype,
+            k=k,
+            n=n,
+            num_groups=num_groups,
+            num_rows=num_rows,
+        ),
+        Config.for_width(n),
+    )
     zero_rows = zero_rows or _zero_rows
     block_k, block_n, block_m = config.block_k, config.block_n, config.block_m
     own_k, own_n = block_k // hopper.NUM_COMPUTE_WARPGROUPS, block_n // hopper.NUM_COMPUTE_WARPGROUPS
