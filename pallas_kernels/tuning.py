@@ -89,8 +89,8 @@ def choose_config[C](problem: Problem, rule: C) -> C:
                 return dataclasses.replace(rule, **fields)  # pyright: ignore[reportArgumentType, reportCallIssue]
             except TypeError as error:
                 raise ValueError(
-                    f"{path} has a configuration for {problem.kernel} that does not fit this version ({error}); make it "
-                    "anew with `python -m pallas_kernels.tune`."
+                    f"{path} has a configuration for {problem.kernel} that does not fit this version ({error}); make "
+                    "it anew with `python -m pallas_kernels.tune`."
                 ) from error
     return rule
 
