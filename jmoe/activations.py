@@ -53,10 +53,25 @@ def value_and_derivative(activation: Activation) -> Callable[[Array], tuple[Arra
     """Returns a function that computes f(x) and f'(x), where f is an activation, or the gate of a gated one.
 
     The named activations have formulas, which kernels can lower; they are those that `activate` has by automatic
-    differentiation.
+    differentiation. A callable is differentiated in reverse mode, as a function of each element.
+
+    Args:
+        activation: as in `activate`.
+
+    Returns:
+        A function of an array, which gives two of its shape and dtype.
+
+    Raises:
+        ValueError: it is neither a known name nor a callable.
     """
     if callable(activation):
-        return lambda x: jax.jvp(activation, (x,), (jnp.ones_like(x),))
+
+        def differentiate(x):
+            value, pull_back = jax.vjp(activation, x)
+            return value, *pull_back(jnp.ones_like(value))
+
+        return differentiate
+    is_gated(activation)  # raises for unknown names
     return _WITH_DERIVATIVE[_GATES.get(activation, activation)]
 
 
