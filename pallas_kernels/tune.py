@@ -124,7 +124,8 @@ def measure(task: Task, configs: Sequence[Config], *, rounds: int) -> dict[Confi
     sizes = {name: jnp.asarray(group_sizes(name, task.m, task.num_groups)) for name in DISTRIBUTIONS}
     lowered = dict(_lower(task, configs, (*operands, sizes["balanced"])))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values()), strict=True))
+        programs = zip(lowered, pool.map(_compile, lowered.values()), strict=True)
+        compiled = {config: program for config, program in programs if program is not None}
 
     def variant(config: Config, distribution: str) -> Variant:
         return Variant(lambda: compiled[config](*operands, sizes[distribution]), jax.block_until_ready)
@@ -144,6 +145,13 @@ def _lower(task: Task, configs: Sequence[Config], arrays: tuple[Array, ...]) -> 
             yield config, jax.jit(lambda *arrays, config=config: task.run(config, *arrays)).lower(*arrays)
         except (ValueError, NotImplementedError):
             continue  # what the formula of shared memory does not see
+
+
+def _compile(program: Any) -> Any:
+    try:
+        return program.compile()
+    except jax.errors.JaxRuntimeError:
+        return None  # what lowering does not see
 
 
 def tune(
@@ -198,7 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out or tuning.cache_path()
     try:
         entries = tuning.read_entries(path)
-    except ValueError as error:
+        tuning.write_entries(path, entries)  # that it cannot be written is to be known before it is measured
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     for (m, k, n, num_groups), kernel in itertools.product(options.shape, options.kernel or KERNELS):

@@ -99,7 +99,9 @@ def cache_path() -> Path:
     """Where the user's own measurements are: $PALLAS_KERNELS_TUNING, or a file in the user's cache folder."""
     if path := os.environ.get(CACHE_VARIABLE):
         return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pallas_kernels" / "tuning.json"
+    # Not Path.home(), which fails where the user has no home, as in some containers.
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches) / "pallas_kernels" / "tuning.json"
 
 
 @functools.cache
@@ -115,6 +117,8 @@ def read_table(path: Path) -> dict[Problem, dict[str, Any]]:
 def read_entries(path: Path) -> list[dict[str, Any]]:
     """Reads a table as it was written: for each problem its configuration, and what was measured.
 
+    A file that is not there, or that this user may not see, has none.
+
     Raises:
         ValueError: the file is not such a table.
     """
@@ -125,7 +129,8 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
             Problem(**entry["problem"])
             dict(entry["config"])
         return entries
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        # Where a home is /dev/null, or another user's, kernels must run all the same.
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -84,6 +84,15 @@ def test_a_file_that_is_no_table_is_an_error_that_names_it(content, user_table, 
         tuning.choose_config(TASK.problem, Config())
 
 
+@pytest.mark.parametrize("home", ["/dev/null", "/nonexistent"])
+def test_where_the_user_has_no_home_the_rule_decides(home, monkeypatch, h100):
+    for variable in (tuning.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", home)
+    with h100():
+        assert tuning.choose_config(dataclasses.replace(TASK, k=64).problem, Config()) == Config()
+
+
 def test_a_field_that_a_configuration_lacks_is_an_error_that_names_it(user_table, h100):
     with h100():
         user_table([entry(TASK, block_q=1)])
@@ -173,7 +182,15 @@ def test_the_program_replaces_what_it_measures_anew_and_keeps_the_rest(user_tabl
     assert str(path) in capsys.readouterr().out
 
 
-def test_without_a_hopper_gpu_the_program_says_so(capsys):
+def test_a_table_that_cannot_be_written_is_known_before_anything_is_measured(user_table, h100, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "measure", lambda *_, **__: pytest.fail("measured"))
+    with h100():
+        assert tune.main(["--shape", "128,64,64,1", "--out", "/dev/null/tuning.json"]) == 2
+    assert "/dev/null" in capsys.readouterr().err
+
+
+def test_without_a_hopper_gpu_the_program_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "has_hopper_gpu", lambda: False)
     assert tune.main(["--shape", "128,64,64,1"]) == 2
     assert "no Hopper GPU" in capsys.readouterr().err
 
