@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Integer
 
 from pallas_kernels import hopper
 
-_MAX_BOX = 256  # elements of a TMA copy along one axis
+_MAX_BOX = 256  # of a TMA copy along one axis
 _MAX_UNROLLED_COPIES = 16
 
 
@@ -43,12 +43,17 @@ def gather_rows(
     """Writes row n of x to the rows `position[n]` of the result."""
     del index
     config = config or Config()
-    num_rows, width = x.shape
-    num_copies = position.shape[1]
+    width, num_copies = x.shape[1], position.shape[1]
     columns = hopper.chunk_columns(width)
-    row_bytes = width * x.dtype.itemsize
+    chunks = width // columns
+    # A row that is too wide for one copy or one slot is several rows, whose places lie side by side too.
+    most_chunks = min(_MAX_BOX, max(config.slot_bytes // (columns * x.dtype.itemsize), 1))
+    parts = next(parts for parts in range(1, chunks + 1) if chunks % parts == 0 and chunks // parts <= most_chunks)
+    x = x.reshape(-1, chunks // parts, columns)
+    num_rows = x.shape[0]
+    row_bytes = width // parts * x.dtype.itemsize
     slot_rows = max(1, min(config.slot_bytes // row_bytes, num_rows, _MAX_BOX))
-    num_slots = min(config.num_slots, hopper.SHARED_MEMORY_BYTES // (slot_rows * row_bytes))
+    num_slots = config.num_slots
 
     def kernel(x, position, out, rows_s, full):
         own_steps = hopper.count_own_tiles(pl.cdiv(num_rows, slot_rows))
@@ -70,17 +75,19 @@ def gather_rows(
             plgpu.barrier_wait(full.at[slot])
 
             def store_row(i, carry):
+                row, part = lax.div(first + i, parts), lax.rem(first + i, parts)
+
                 def store(to):
-                    plgpu.copy_smem_to_gmem(rows_s.at[slot, i], out.at[to], commit_group=False)
+                    plgpu.copy_smem_to_gmem(rows_s.at[slot, i], out.at[to * parts + part], commit_group=False)
 
                 if num_copies <= _MAX_UNROLLED_COPIES:
                     # All are read before the first copy, so that they are waited for together.
-                    for to in [position[first + i, c] for c in range(num_copies)]:
+                    for to in [position[row, c] for c in range(num_copies)]:
                         store(to)
                     return carry
 
                 def store_copy(c, carry):
-                    store(position[first + i, c])
+                    store(position[row, c])
                     return carry
 
                 return lax.fori_loop(0, num_copies, store_copy, carry)
@@ -102,11 +109,11 @@ def gather_rows(
 
     run = hopper.persistent_kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((num_rows * num_copies, width // columns, columns), x.dtype),
+        out_type=jax.ShapeDtypeStruct((num_rows * num_copies, *x.shape[1:]), x.dtype),
         scratch_types={
-            "rows_s": plgpu.SMEM((num_slots, slot_rows, width // columns, columns), x.dtype),
+            "rows_s": plgpu.SMEM((num_slots, slot_rows, *x.shape[1:]), x.dtype),
             "full": plgpu.Barrier(num_arrivals=1, num_barriers=num_slots),
         },
         num_warpgroups=1,
     )
-    return run(x.reshape(num_rows, -1, columns), position).reshape(-1, width)
+    return run(x, position).reshape(-1, width)

@@ -63,7 +63,8 @@ def test_vmap_gives_each_element_its_own_map(normal, row_map):
         (50, 2, 128, {"slot_bytes": 1024, "num_slots": 2}),  # several steps of each block, the last one in part
         (1, 4, 64, {}),
         (9, 17, 64, {"slot_bytes": 256, "num_slots": 3}),  # more copies than are unrolled
-        (3, 1, 320, {"slot_bytes": 1}),  # a row is larger than a slot should be
+        (5, 2, 320, {"slot_bytes": 1}),  # a row is wider than a slot: five parts
+        (3, 3, 768, {"slot_bytes": 1024}),  # two chunks would fit, and three are the row: three parts
     ],
 )
 def test_the_kernel_copies_every_row_and_nothing_races(n, c, d, config, normal, row_map, interpret):
@@ -75,7 +76,16 @@ def test_the_kernel_copies_every_row_and_nothing_races(n, c, d, config, normal, 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(
     ("n", "c", "d"),
-    [(32768, 8, 2048), (8192, 2, 4096), (24576, 8, 1536), (7, 1, 64), (1, 3, 192), (100, 20, 14336), (2, 2, 57344)],
+    [
+        (32768, 8, 2048),
+        (8192, 2, 4096),
+        (24576, 8, 1536),
+        (7, 1, 64),
+        (1, 3, 192),
+        (100, 20, 14336),
+        (2, 2, 64 * 257),
+        (2, 2, 131072),
+    ],
 )
 def test_the_kernel_is_chosen_and_lowers_for_every_shape(n, c, d, dtype, lower_for_cuda):
     arrays = ((n, d), dtype), ((n * c,), jnp.int32), ((n, c), jnp.int32)
