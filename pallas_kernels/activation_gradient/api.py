@@ -23,7 +23,8 @@ def activation_gradient(
     A plain activation is `a = f(h)`, a gated one `a = f(h[:, :F]) * h[:, F:]`, which it is if H = 2F. With
     `da = out_grad`, the results are the gradient of h, `weight * da * (da/dh)`, the weighted activations `weight * a`,
     and the gradient of the weights, `sum_f da * a`. All are computed in float32 (float64 for float64). Not
-    differentiable; `jax.vmap` runs the batch in sequence.
+    differentiable; `jax.vmap` runs the batch in sequence. These are the three results that SonicMoE's backward of the
+    down-projection has (arXiv 2512.14080, section 3).
 
     Args:
         h: [M, H], the pre-activations, floating point.

@@ -21,7 +21,8 @@ def gather_rows(
     """Copies every row of x to C places: `out[position[n, c]] = x[n]`, which is `out[m] = x[index[m]]`.
 
     The two index arrays are the same map, seen from the places and from the rows: each implementation uses the one
-    that serves it. Differentiable in x, in reverse mode; `jax.vmap` runs the batch in sequence.
+    that serves it. Differentiable in x, in reverse mode; `jax.vmap` runs the batch in sequence. It has the role of
+    MegaBlocks' `padded_gather` (arXiv 2211.15841, section 5), without the padding.
 
     Args:
         x: [N, D], floating point.
