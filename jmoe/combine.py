@@ -1,11 +1,11 @@
 """Combine and group sums: the reductions of rows around grouped matmuls, deterministic, without atomics."""
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jmoe.dispatch import Dispatch
 from pallas_kernels import make_block_schedule
+from pallas_kernels.rows import sum_rows
 
 
 def combine(
@@ -46,24 +46,9 @@ def _combine_slots(rows, weight, dispatch, num_tokens):
 
 
 def _combine_flat(rows, weight, dispatch, num_tokens):
-    """Adds the first rows of all tokens, then the second ones, for as long as any token has one more."""
-    num_rows = dispatch.token_index.size
-    row_index = jnp.arange(num_rows, dtype=jnp.int32)
-    token = jnp.where(row_index < dispatch.group_sizes.sum(), dispatch.token_index, num_tokens)
-    _, by_token = lax.sort((token, row_index), num_keys=1, is_stable=True)
-    count = jnp.zeros(num_tokens, jnp.int32).at[token].add(1, mode="drop")
-    start = jnp.cumsum(count) - count
-    row_weight = None if weight is None else dispatch.to_rows(weight)
-
-    def add_next(k, total):
-        row = by_token.at[start + k].get(mode="clip")
-        term = rows[row].astype(total.dtype)
-        if row_weight is not None:
-            term = row_weight[row][:, None] * term
-        return total + jnp.where((k < count)[:, None], term, 0)
-
-    total = jnp.zeros((num_tokens, rows.shape[1]), jnp.promote_types(rows.dtype, jnp.float32))
-    return lax.fori_loop(0, count.max(initial=0), add_next, total)
+    in_group = jnp.arange(dispatch.token_index.size, dtype=jnp.int32) < dispatch.group_sizes.sum()
+    token = jnp.where(in_group, dispatch.token_index, num_tokens)
+    return sum_rows(rows, token, num_tokens, None if weight is None else dispatch.to_rows(weight))
 
 
 def group_sum(rows: Float[Array, "R N"], group_sizes: Int32[Array, " E"]) -> Float[Array, "E N"]:

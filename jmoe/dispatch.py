@@ -1,14 +1,18 @@
 """Dispatch: the assignments sorted by expert, so that each expert's rows lie together."""
 
 import dataclasses
+import functools
 from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int32, Shaped
 
 from jmoe.debug import check
 from jmoe.routing import ABSENT, Assignments, Routing, count_assignments, is_present
+
+_MOST_COMPARED = 4096  # assignments
 
 
 @no_type_check  # JAX also builds pytrees of other shapes and of things that are no arrays
@@ -80,15 +84,35 @@ def make_dispatch(routing: Routing | Assignments, num_experts: int) -> Dispatch:
     )
 
     shape = routing.expert_index.shape
-    expert_index = jnp.where(present, routing.expert_index, num_experts).astype(jnp.int32)
-    assignment = jnp.arange(expert_index.size, dtype=jnp.int32)
-    expert_index, order = jax.lax.sort((expert_index.ravel(), assignment), num_keys=1, is_stable=True)
-    position = jnp.zeros_like(order).at[order].set(assignment, unique_indices=True).reshape(shape)
+    expert_index = jnp.where(present, routing.expert_index, num_experts).astype(jnp.int32).ravel()
+    if expert_index.size <= _MOST_COMPARED:
+        # A choice of the platform that is compiled for, which may not be the one that traces.
+        sort = functools.partial(lax.platform_dependent, cpu=_sort, default=_sort_by_comparing)
+    else:
+        sort = _sort
+    sorted_index, order, position = sort(expert_index)
+    position = position.reshape(shape)
     if isinstance(routing, Routing):
         token_index, slot = jnp.divmod(order, shape[1])
     else:
         token_index, slot = routing.token_index.astype(jnp.int32)[order], order
-    return Dispatch(token_index, slot, expert_index, position, count_assignments(expert_index, num_experts))
+    return Dispatch(token_index, slot, sorted_index, position, count_assignments(expert_index, num_experts))
+
+
+def _sort(keys: Int32[Array, " R"]) -> tuple[Int32[Array, " R"], ...]:
+    """Sorts stably; returns the keys in order, which key comes at each place, and the place of each key."""
+    index = jnp.arange(keys.size, dtype=jnp.int32)
+    sorted_keys, order = lax.sort((keys, index), num_keys=1, is_stable=True)
+    return sorted_keys, order, jnp.zeros_like(order).at[order].set(index, unique_indices=True)
+
+
+def _sort_by_comparing(keys: Int32[Array, " R"]) -> tuple[Int32[Array, " R"], ...]:
+    """The same by comparing each key with each: for few keys one small kernel on a GPU, where a sort is many."""
+    index = jnp.arange(keys.size, dtype=jnp.int32)
+    is_before = (keys < keys[:, None]) | ((keys == keys[:, None]) & (index < index[:, None]))
+    position = jnp.sum(is_before, axis=1, dtype=jnp.int32)
+    order = jnp.sum(jnp.where(position == index[:, None], index, 0), axis=1, dtype=jnp.int32)
+    return keys[order], order, position
 
 
 def check_routing(routing: Routing | Assignments) -> None:

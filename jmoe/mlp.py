@@ -17,7 +17,6 @@ from jmoe.routing import Assignments, Routing, is_present
 from pallas_kernels import (
     Implementation,
     activation_gradient,
-    gather_rows,
     grouped_matmul,
     grouped_weight_gradient,
 )
@@ -135,23 +134,24 @@ def _backward(options, residuals, dy):
     (token_index, position), are_cast, dy = lax.optimization_barrier((row_maps, are_cast, dy))
     dispatch = dataclasses.replace(dispatch, token_index=token_index, position=position)
     parameters = ExpertParameters._make(p if c is None else c for p, c in zip(parameters, are_cast, strict=True))
-    dy_rows = _gather(options, dy, dispatch)  # [R, D]
     # [R, H], [R, F], [R]
-    dh, a, dweight = _down_input_gradient(options, dy_rows, h, parameters, weight, dispatch)
-    dw_down = _weight_gradient(options, a, dy_rows, parameters.w_down, dispatch)  # [E, F, D]
-    dv_rows = _scale(_accumulator(dy_rows), weight, dispatch) if options.weight_on == "output" else dy_rows
-    db_down = _bias_gradient(dv_rows, parameters.b_down, dispatch)  # [E, D]
+    dh, a, dweight = _down_input_gradient(options, dy, h, parameters, weight, dispatch)
+    dw_down = _weight_gradient(options, a, dy, parameters.w_down, dispatch, out_grad_index=token_index)  # [E, F, D]
+    db_down = None
+    if parameters.b_down is not None:
+        dy_rows = _accumulator(_gather(dy, dispatch))
+        dv_rows = _scale(dy_rows, weight, dispatch) if options.weight_on == "output" else dy_rows
+        db_down = _bias_gradient(dv_rows, parameters.b_down, dispatch)  # [E, D]
 
-    x_rows = _gather(options, x, dispatch)  # [R, D]
     dx_rows = _matmul(options, dh, parameters.w_up, dispatch, transpose_rhs=True)  # [R, D]
     db_up = _bias_gradient(dh, parameters.b_up, dispatch)  # [E, H]
     if options.weight_on == "input":
-        dweight = jnp.sum(_accumulator(x_rows) * _accumulator(dx_rows), axis=1)
+        dweight = jnp.sum(_accumulator(_gather(x, dispatch)) * _accumulator(dx_rows), axis=1)
         dx = combine(dx_rows, weight, dispatch, x.shape[0])
         dh = _scale(dh, weight, dispatch)
     else:
         dx = combine(dx_rows, None, dispatch, x.shape[0])
-    dw_up = _weight_gradient(options, x_rows, dh, parameters.w_up, dispatch)  # [E, D, H]
+    dw_up = _weight_gradient(options, x, dh, parameters.w_up, dispatch, lhs_index=token_index)  # [E, D, H]
 
     parameter_gradients = ExpertParameters(dw_up, dw_down, db_up, db_down)
     return dx, parameter_gradients, dispatch.from_rows(dweight).astype(weight.dtype), None
@@ -161,10 +161,10 @@ _moe_mlp.defvjp(_forward, _backward)
 
 
 def _up(options, x, parameters, weight, dispatch):
-    """Gathers the rows of x and computes the pre-activations."""
+    """Computes the pre-activations, one row for each assignment."""
     exact = options.weight_on == "input" or parameters.b_up is not None
     dtype = _accumulator_dtype(x) if exact else x.dtype
-    h = _matmul(options, _gather(options, x, dispatch), parameters.w_up, dispatch, dtype=dtype)
+    h = _matmul(options, x, parameters.w_up, dispatch, lhs_index=dispatch.token_index, dtype=dtype)
     if options.weight_on == "input":
         # After the matmul, where the product is still in float32: (w x) W = w (x W).
         h = _scale(h, weight, dispatch)
@@ -181,13 +181,13 @@ def _down(options, a, parameters, dispatch):
     return (y_rows + _of_rows(parameters.b_down, dispatch)).astype(a.dtype)
 
 
-def _down_input_gradient(options, dy_rows, h, parameters, weight, dispatch):
+def _down_input_gradient(options, dy, h, parameters, weight, dispatch):
     """Goes back through the down-projection and the activation.
 
     Returns the gradient of the pre-activations, the activations that the gradient of w_down needs, and that
     of the weights on the outputs v, `<dy, v> = <dy @ w_down^T, a> + <dy, b_down>`.
     """
-    da = _matmul(options, dy_rows, parameters.w_down, dispatch, transpose_rhs=True)  # [R, F]
+    da = _matmul(options, dy, parameters.w_down, dispatch, lhs_index=dispatch.token_index, transpose_rhs=True)  # [R, F]
     dh, a, dweight = activation_gradient(
         h,
         da,
@@ -197,7 +197,8 @@ def _down_input_gradient(options, dy_rows, h, parameters, weight, dispatch):
         implementation="xla" if callable(options.activation) else options.implementation,
     )
     if dweight is not None and parameters.b_down is not None:
-        dweight += jnp.sum(_accumulator(dy_rows) * _of_rows(parameters.b_down, dispatch), axis=1)
+        dy_rows = _accumulator(_gather(dy, dispatch))
+        dweight += jnp.sum(dy_rows * _of_rows(parameters.b_down, dispatch), axis=1)
     return dh, a, dweight
 
 
@@ -205,33 +206,33 @@ def _bias_gradient(rows, bias, dispatch):
     return None if bias is None else group_sum(rows, dispatch.group_sizes).astype(bias.dtype)
 
 
-def _matmul(options, rows, weights, dispatch, *, dtype=None, transpose_rhs=False):
+def _matmul(options, rows, weights, dispatch, *, lhs_index=None, dtype=None, transpose_rhs=False):
     return grouped_matmul(
         rows,
         weights.astype(rows.dtype),
         dispatch.group_sizes,
         preferred_element_type=dtype,
         transpose_rhs=transpose_rhs,
+        lhs_index=lhs_index,
         implementation=options.implementation,
     )
 
 
-def _weight_gradient(options, rows, out_grad, weights, dispatch):
+def _weight_gradient(options, rows, out_grad, weights, dispatch, *, lhs_index=None, out_grad_index=None):
     return grouped_weight_gradient(
         rows,
         out_grad,
         dispatch.group_sizes,
         preferred_element_type=weights.dtype,
+        lhs_index=lhs_index,
+        out_grad_index=out_grad_index,
         implementation=options.implementation,
     )
 
 
-def _gather(options, tokens, dispatch):
-    """Reads the token of each row. Absent rows read some token or other: their result is never used."""
-    if dispatch.position.ndim == 2:
-        implementation = options.implementation
-        return gather_rows(tokens, dispatch.token_index, dispatch.position, implementation=implementation)
-    return tokens.at[dispatch.token_index].get(mode="clip")  # tokens have different numbers of rows
+def _gather(tokens, dispatch):
+    """Reads the token of each row, for a sum that XLA computes along with it. Absent rows read some token or other."""
+    return tokens.at[dispatch.token_index].get(mode="clip")
 
 
 def _of_rows(per_expert, dispatch):

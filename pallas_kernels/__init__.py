@@ -4,7 +4,6 @@ Nothing here knows of tokens, routers or meshes.
 """
 
 from pallas_kernels.activation_gradient import activation_gradient
-from pallas_kernels.gather_rows import gather_rows
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.schedule import BlockSchedule, make_block_schedule
@@ -13,7 +12,6 @@ __all__ = [
     "BlockSchedule",
     "Implementation",
     "activation_gradient",
-    "gather_rows",
     "grouped_matmul",
     "grouped_weight_gradient",
     "make_block_schedule",

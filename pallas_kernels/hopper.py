@@ -21,7 +21,7 @@ from pallas_kernels.device import num_sms
 
 NUM_COMPUTE_WARPGROUPS = 2
 MEMORY_WARPGROUP = NUM_COMPUTE_WARPGROUPS
-MEMORY_REGISTERS, COMPUTE_REGISTERS = 40, 232
+MEMORY_REGISTERS, COMPUTE_REGISTERS = 56, 224
 WARPGROUP_ROWS = 64  # of one wgmma
 SWIZZLE_BYTES = 128
 TMA_ROWS = 8  # a window that TMA reads into a tile for wgmma starts at a multiple of this
@@ -278,20 +278,14 @@ def pad_rows(x: Float[Array, "M N"]) -> Float[Array, "_ N"]:
     return jnp.pad(x, ((0, padding), (0, 0))) if padding else x
 
 
-def persistent_kernel(
-    body: Callable,
-    *,
-    out_type: jax.ShapeDtypeStruct,
-    scratch_types: dict,
-    num_warpgroups: int = NUM_COMPUTE_WARPGROUPS + 1,
-) -> Callable:
-    """Wraps a kernel body of some warpgroups ("wg") with one persistent block ("sm") for each multiprocessor."""
+def persistent_kernel(body: Callable, *, out_type: jax.ShapeDtypeStruct, scratch_types: dict) -> Callable:
+    """Wraps a kernel body of three warpgroups ("wg") with one persistent block ("sm") for each multiprocessor."""
     return plgpu.kernel(
         body,
         out_type=out_type,
         grid=(num_sms(),),
         grid_names=("sm",),
-        num_threads=num_warpgroups,
+        num_threads=NUM_COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=scratch_types,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),

@@ -71,9 +71,8 @@ class Task:
     @property
     def rule(self) -> Config:
         """The configuration without a table."""
-        if self.kernel == "grouped_weight_gradient":
-            return mosaic_gpu_weight_gradient.Config.for_width(self.n)
-        return mosaic_gpu.Config.for_width(self.n)
+        kernel = mosaic_gpu_weight_gradient if self.kernel == "grouped_weight_gradient" else mosaic_gpu
+        return kernel.Config.for_shape(self.m, self.num_groups, self.n)
 
     @property
     def operand_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -86,10 +85,15 @@ class Task:
     def candidates(self) -> Iterator[Config]:
         """Yields the configurations that fit into shared memory, the rule's first."""
         yield self.rule
-        for block_n, num_stages, band_rows in itertools.product((256, 128), (3, 4, 5, 6), (4, 8, 16)):
+        for block_n, num_stages, band_rows in itertools.product(self._widths, (3, 4, 5, 6, 8), (4, 8, 16)):
             config = dataclasses.replace(self.rule, block_n=block_n, num_stages=num_stages, band_rows=band_rows)
             if config != self.rule and config.fits(self.dtype):
                 yield config
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        # Two warpgroups share the columns of a weight gradient's tile.
+        return (256, 128) if self.kernel == "grouped_weight_gradient" else (256, 128, 64)
 
     def run(self, config: Config, first: Array, second: Array, group_sizes: Array) -> Array:
         """Runs the kernel."""
@@ -100,9 +104,9 @@ class Task:
             "config": config,
         }
         if self.kernel == "grouped_weight_gradient":
-            return mosaic_gpu_weight_gradient.grouped_weight_gradient(first, second, group_sizes, **options)
+            return mosaic_gpu_weight_gradient.grouped_weight_gradient(first, second, group_sizes, None, None, **options)
         transpose_rhs = self.kernel == "grouped_matmul_transposed"
-        return mosaic_gpu.grouped_matmul(first, second, group_sizes, transpose_rhs=transpose_rhs, **options)
+        return mosaic_gpu.grouped_matmul(first, second, group_sizes, None, transpose_rhs=transpose_rhs, **options)
 
 
 def group_sizes(distribution: str, m: int, num_groups: int) -> np.ndarray:

@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Integer
 
 from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_weight_gradient, reference, xla
 from pallas_kernels.implementations import Implementation, choose_implementation
+from pallas_kernels.row_copies import MAX_BYTES
+from pallas_kernels.rows import sum_rows
 
 Operation = Literal["grouped_matmul", "grouped_weight_gradient"]
 
@@ -43,7 +45,7 @@ class _Options:
 
 
 def grouped_matmul(
-    lhs: Float[Array, "M K"],
+    lhs: Float[Array, "_ K"],
     rhs: Float[Array, "G _ _"],
     group_sizes: Integer[Array, " G"],
     precision: lax.PrecisionLike = None,
@@ -51,6 +53,7 @@ def grouped_matmul(
     group_offset: None = None,
     *,
     transpose_rhs: bool = False,
+    lhs_index: Integer[Array, " M"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "M N"]:
     """Multiplies each group of rows of `lhs` with that group's own matrix.
@@ -60,8 +63,11 @@ def grouped_matmul(
     float64 operands). Differentiable in reverse mode, to any order, in `lhs` and `rhs`; `jax.vmap` runs the batch in
     sequence. A drop-in for `jax.lax.ragged_dot`.
 
+    With `lhs_index` row m is `lhs[lhs_index[m]]`. On Hopper the kernel reads these rows where they are, and no
+    `lhs[lhs_index]` is ever in memory (ScatterMoE, arXiv 2403.08245, section 3.1).
+
     Args:
-        lhs: [M, K], floating point.
+        lhs: [M, K], floating point; [T, K] with `lhs_index`.
         rhs: [G, K, N], or [G, N, K] with `transpose_rhs`; floating point.
         group_sizes: int[G], the rows of each group; a negative size counts as 0, and sizes that sum to more than M
             are clipped there.
@@ -69,6 +75,7 @@ def grouped_matmul(
         preferred_element_type: the dtype of the result, by default the promoted dtype of the operands.
         group_offset: not supported; slice `rhs` and `group_sizes` instead.
         transpose_rhs: whether `rhs` holds its matrices transposed.
+        lhs_index: int[M], which row of `lhs` each row is, clipped to [0, T); None for row m itself.
         implementation: "mosaic_gpu" (Hopper GPUs; bfloat16 and float16), "xla" (everywhere), "reference" (everywhere,
             with G times the work and memory), or None for the fastest that can run here. A named one runs or raises.
 
@@ -83,12 +90,15 @@ def grouped_matmul(
         >>> lhs, rhs = jnp.ones((4, 2)), jnp.array([[[1.0], [1.0]], [[5.0], [5.0]]])
         >>> grouped_matmul(lhs, rhs, jnp.array([1, 2])).tolist()
         [[2.0], [10.0], [10.0], [0.0]]
+        >>> grouped_matmul(lhs[:1], rhs, jnp.array([1, 1]), lhs_index=jnp.array([0, 0])).tolist()
+        [[2.0], [10.0]]
     """
     if group_offset is not None:
         raise ValueError("group_offset is not supported: slice rhs and group_sizes instead.")
     lhs, rhs, group_sizes = jnp.asarray(lhs), jnp.asarray(rhs), jnp.asarray(group_sizes)
     _check_matrix("lhs", lhs, "[M, K]")
     _check_group_sizes(group_sizes)
+    lhs_index = _check_index("lhs", lhs, lhs_index)
     if rhs.ndim != 3 or not jnp.issubdtype(rhs.dtype, jnp.floating):
         raise ValueError(f"rhs is {_describe(rhs)}; it must be a floating-point array [G, K, N].")
     if rhs.shape[0] != group_sizes.size:
@@ -102,16 +112,18 @@ def grouped_matmul(
         )
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     options = _Options(transpose_rhs, precision, _result_dtype(preferred_element_type, dtype), implementation)
-    return _grouped_matmul(options, lhs.astype(dtype), rhs.astype(dtype), group_sizes)
+    return _grouped_matmul(options, lhs.astype(dtype), rhs.astype(dtype), group_sizes, lhs_index)
 
 
 def grouped_weight_gradient(
-    lhs: Float[Array, "M K"],
-    out_grad: Float[Array, "M N"],
+    lhs: Float[Array, "_ K"],
+    out_grad: Float[Array, "_ N"],
     group_sizes: Integer[Array, " G"],
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
     *,
+    lhs_index: Integer[Array, " M"] | None = None,
+    out_grad_index: Integer[Array, " M"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "G K N"]:
     """Computes the gradient of a grouped matmul's `rhs`: for each group, the sum of outer products of its rows.
@@ -121,11 +133,14 @@ def grouped_weight_gradient(
     operands). Differentiable in reverse mode, to any order, in both operands.
 
     Args:
-        lhs: [M, K], floating point.
-        out_grad: [M, N], floating point.
+        lhs: [M, K], floating point; [T, K] with `lhs_index`.
+        out_grad: [M, N], floating point; [T, N] with `out_grad_index`.
         group_sizes: int[G], as in `grouped_matmul`.
         precision: as in `grouped_matmul`.
         preferred_element_type: the dtype of the result, by default the promoted dtype of the operands.
+        lhs_index: int[M], as in `grouped_matmul`.
+        out_grad_index: int[M], the same for `out_grad`. On Hopper the rows of one operand can be read where they are;
+            where both have an index, those of `out_grad` are copied first.
         implementation: as in `grouped_matmul`.
 
     Returns:
@@ -144,58 +159,86 @@ def grouped_weight_gradient(
     _check_matrix("lhs", lhs, "[M, K]")
     _check_matrix("out_grad", out_grad, "[M, N]")
     _check_group_sizes(group_sizes)
-    if lhs.shape[0] != out_grad.shape[0]:
-        raise ValueError(f"lhs has {lhs.shape[0]} rows and out_grad {out_grad.shape[0]}; they must agree.")
+    lhs_index, out_grad_index = _check_index("lhs", lhs, lhs_index), _check_index("out_grad", out_grad, out_grad_index)
+    num_left, num_right = _num_rows(lhs, lhs_index), _num_rows(out_grad, out_grad_index)
+    if num_left != num_right:
+        raise ValueError(f"lhs has {num_left} rows and out_grad {num_right}; they must agree.")
     dtype = jnp.promote_types(lhs.dtype, out_grad.dtype)
     options = _Options(False, precision, _result_dtype(preferred_element_type, dtype), implementation)
-    return _grouped_weight_gradient(options, lhs.astype(dtype), out_grad.astype(dtype), group_sizes)
+    operands = lhs.astype(dtype), out_grad.astype(dtype)
+    return _grouped_weight_gradient(options, *operands, group_sizes, lhs_index, out_grad_index)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(options: _Options, lhs: Array, rhs: Array, group_sizes: Array) -> Array:
-    return _run("grouped_matmul", options, lhs, rhs, group_sizes)
+def _grouped_matmul(
+    options: _Options, lhs: Array, rhs: Array, group_sizes: Array, lhs_index: Array | None = None
+) -> Array:
+    return _run("grouped_matmul", options, lhs, rhs, group_sizes, lhs_index)
 
 
-def _grouped_matmul_fwd(options: _Options, lhs: Array, rhs: Array, group_sizes: Array):
-    return _grouped_matmul(options, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+def _grouped_matmul_fwd(options: _Options, *operands: Array | None):
+    return _grouped_matmul(options, *operands), operands
 
 
 def _grouped_matmul_bwd(options: _Options, residuals, out_grad: Array):
-    lhs, rhs, group_sizes = residuals
+    lhs, rhs, group_sizes, lhs_index = residuals
     # The kernels want operands of one dtype, and a float32 result of bfloat16 operands has a float32 gradient.
     out_grad = out_grad.astype(lhs.dtype)
     of_lhs = dataclasses.replace(options, transpose_rhs=not options.transpose_rhs, out_dtype=lhs.dtype)
     of_rhs = dataclasses.replace(options, transpose_rhs=False, out_dtype=rhs.dtype)
-    lhs_grad = _grouped_matmul(of_lhs, out_grad, rhs, group_sizes)
-    left, right = (out_grad, lhs) if options.transpose_rhs else (lhs, out_grad)
-    return lhs_grad, _grouped_weight_gradient(of_rhs, left, right, group_sizes), None
+    lhs_grad = _to_sources(_grouped_matmul(of_lhs, out_grad, rhs, group_sizes), lhs_index, lhs)
+    left, right = (lhs, lhs_index), (out_grad, None)
+    if options.transpose_rhs:
+        left, right = right, left
+    rhs_grad = _grouped_weight_gradient(of_rhs, left[0], right[0], group_sizes, left[1], right[1])
+    return lhs_grad, rhs_grad, None, None
 
 
 _grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_weight_gradient(options: _Options, lhs: Array, out_grad: Array, group_sizes: Array) -> Array:
-    return _run("grouped_weight_gradient", options, lhs, out_grad, group_sizes)
+def _grouped_weight_gradient(
+    options: _Options,
+    lhs: Array,
+    out_grad: Array,
+    group_sizes: Array,
+    lhs_index: Array | None = None,
+    out_grad_index: Array | None = None,
+) -> Array:
+    return _run("grouped_weight_gradient", options, lhs, out_grad, group_sizes, lhs_index, out_grad_index)
 
 
-def _grouped_weight_gradient_fwd(options: _Options, lhs: Array, out_grad: Array, group_sizes: Array):
-    return _grouped_weight_gradient(options, lhs, out_grad, group_sizes), (lhs, out_grad, group_sizes)
+def _grouped_weight_gradient_fwd(options: _Options, *operands: Array | None):
+    return _grouped_weight_gradient(options, *operands), operands
 
 
 def _grouped_weight_gradient_bwd(options: _Options, residuals, grad: Array):
-    lhs, out_grad, group_sizes = residuals
+    lhs, out_grad, group_sizes, lhs_index, out_grad_index = residuals
     of_rows = dataclasses.replace(options, out_dtype=lhs.dtype)
+    transposed = dataclasses.replace(of_rows, transpose_rhs=True)
     grad = grad.astype(lhs.dtype)
-    lhs_grad = _grouped_matmul(dataclasses.replace(of_rows, transpose_rhs=True), out_grad, grad, group_sizes)
-    return lhs_grad, _grouped_matmul(of_rows, lhs, grad, group_sizes), None
+    lhs_rows = _grouped_matmul(transposed, out_grad, grad, group_sizes, out_grad_index)
+    out_grad_rows = _grouped_matmul(of_rows, lhs, grad, group_sizes, lhs_index)
+    gradients = _to_sources(lhs_rows, lhs_index, lhs), _to_sources(out_grad_rows, out_grad_index, out_grad)
+    return *gradients, None, None, None
 
 
 _grouped_weight_gradient.defvjp(_grouped_weight_gradient_fwd, _grouped_weight_gradient_bwd)
 
 
-def _run(operation: Operation, options: _Options, first: Array, second: Array, group_sizes: Array) -> Array:
-    """Runs one of the two operations on the backend that the options name, or the best that can run it here."""
+def _run(
+    operation: Operation,
+    options: _Options,
+    first: Array,
+    second: Array,
+    group_sizes: Array,
+    *indices: Array | None,
+) -> Array:
+    """Runs one of the two operations on the backend that the options name, or the best that can run it here.
+
+    `indices` are of the rows of `first` and, in a weight gradient, of `second`.
+    """
     static: dict[str, Any] = {
         "precision": options.precision,
         "accumulator_dtype": jnp.promote_types(first.dtype, jnp.float32),
@@ -203,21 +246,54 @@ def _run(operation: Operation, options: _Options, first: Array, second: Array, g
     }
     if operation == "grouped_matmul":
         static["transpose_rhs"] = options.transpose_rhs
-        out_shape = (first.shape[0], second.shape[1 if options.transpose_rhs else 2])
+        out_shape = (_num_rows(first, indices[0]), second.shape[1 if options.transpose_rhs else 2])
     else:
         out_shape = (group_sizes.size, first.shape[1], second.shape[1])
     widths = *first.shape[1:], *second.shape[1:]
     name = choose_implementation(operation, options.implementation, widths, first.dtype, options.out_dtype)
-    if 0 in (*first.shape, *second.shape):
+    if 0 in (*first.shape, *second.shape, *(index.size for index in indices if index is not None)):
         return jnp.zeros(out_shape, options.out_dtype)
+    gathers = name == "mosaic_gpu"
 
     # A kernel has no batched form of its own, and a batched loop over blocks would run every element for as long as
     # the longest: one element after the other is the right order for both.
     @sequential_vmap
-    def call(first: Array, second: Array, group_sizes: Array) -> Array:
-        return _BACKENDS[name][operation](first, second, group_sizes, **static)
+    def call(first: Array, second: Array, group_sizes: Array, indices: list[Array | None]) -> Array:
+        operands, indices = [first, second], list(indices)
+        # A kernel gathers the rows of one operand at most.
+        for i in reversed(range(len(indices))):
+            index = indices[i]
+            others = any(other is not None for other in indices[:i])
+            if index is not None and (not gathers or others or operands[i].nbytes > MAX_BYTES):
+                operands[i], indices[i] = operands[i][index], None
+        if gathers:
+            return _BACKENDS[name][operation](*operands, group_sizes, *indices, **static)
+        return _BACKENDS[name][operation](*operands, group_sizes, **static)
 
-    return call(first, second, group_sizes)
+    return call(first, second, group_sizes, list(indices))
+
+
+def _to_sources(rows: Array, index: Array | None, sources: Array) -> Array:
+    """Takes the gradient of gathered rows to where they came from."""
+    if index is None:
+        return rows
+    return sum_rows(rows, index, sources.shape[0]).astype(sources.dtype)
+
+
+def _num_rows(matrix: Array, index: Array | None) -> int:
+    return matrix.shape[0] if index is None else index.size
+
+
+def _check_index(name: str, matrix: Array, index: Any) -> Array | None:
+    if index is None:
+        return None
+    index = jnp.asarray(index)
+    if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise ValueError(f"{name}_index is {_describe(index)}; it must be a vector of integers, [M].")
+    if index.size and not matrix.shape[0]:
+        raise ValueError(f"{name} has no rows and {name}_index {index.size}; there must be some to choose from.")
+    # Before the cast, which could wrap around; and here once, since negative numbers count from the end elsewhere.
+    return jnp.clip(index, 0, max(matrix.shape[0] - 1, 0)).astype(jnp.int32)
 
 
 def _describe(array: Array) -> str:

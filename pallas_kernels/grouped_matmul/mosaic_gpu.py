@@ -2,7 +2,8 @@
 
 A tile is `block_m` rows of one group times `block_n` columns. Its rows start at a multiple of 8 (TMA reads whole
 8-row lines into the layout that wgmma wants), so it may begin with rows of the group before and end with rows of the
-next: they are multiplied along, which is harmless since rows do not mix, and not stored.
+next: they are multiplied along, which is harmless since rows do not mix, and not stored. Rows that are gathered could
+begin anywhere, but so the matmuls of a layer share one schedule; zeros come in place of the neighbours' rows.
 """
 
 import dataclasses
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int32, Integer
 
 from pallas_kernels import hopper
+from pallas_kernels.device import num_sms
+from pallas_kernels.row_copies import RowCopies, make_ring
 from pallas_kernels.schedule import make_tile_schedule
 from pallas_kernels.tuning import Problem, choose_config
 
@@ -25,7 +28,7 @@ class Config:
 
     Attributes:
         block_m: rows of a tile, 64 for each compute warpgroup.
-        block_n: columns of a tile; 128 or 256.
+        block_n: columns of a tile; 64, 128 or 256.
         block_k: contracted columns of a step.
         num_stages: slots of the ring.
         band_rows: about how many row blocks of a group are visited down before across, as in `make_tile_schedule`.
@@ -38,9 +41,19 @@ class Config:
     band_rows: int = 8
 
     @classmethod
-    def for_width(cls, n: int) -> "Config":
-        """The rule for a result of n columns, where nothing was measured."""
-        return cls(block_n=hopper.block_columns(n))
+    def for_shape(cls, num_rows: int, num_groups: int, n: int) -> "Config":
+        """The rule for a result [num_rows, n] of so many groups, where nothing was measured."""
+        rule = cls(block_n=hopper.block_columns(n))
+        if num_rows >= num_groups * rule.block_m:
+            return rule
+        # Groups of few rows: what counts is that all multiprocessors read matrices all the time. They do so in turns
+        # of a tile each; narrower tiles fill the last turn better, and wider ones read with less effort.
+        most_blocks = min(num_rows, num_groups)
+
+        def columns_in_turn(config: Config) -> int:
+            return pl.cdiv(most_blocks * pl.cdiv(n, config.block_n), num_sms()) * config.block_n
+
+        return min((rule, cls(block_n=128, num_stages=6), cls(block_n=64, num_stages=8)), key=columns_in_turn)
 
     def fits(self, dtype: jax.typing.DTypeLike) -> bool:
         """Says whether the tiles of such operands fit into shared memory."""
@@ -48,19 +61,25 @@ class Config:
 
 
 def grouped_matmul(
-    lhs: Float[Array, "M K"],
+    lhs: Float[Array, "_ K"],
     rhs: Float[Array, "G _ _"],
     group_sizes: Integer[Array, " G"],
+    lhs_index: Int32[Array, " M"] | None,
     *,
     transpose_rhs: bool,
     precision: lax.PrecisionLike,
     accumulator_dtype: jnp.dtype,
     out_dtype: jnp.dtype,
     config: Config | None = None,
+    copies: type[RowCopies] = RowCopies,
 ) -> Float[Array, "M N"]:
-    """Multiplies tiles of each group with wgmma, in float32."""
+    """Multiplies tiles of each group with wgmma, in float32.
+
+    `copies` stands in for the device code that gathers rows, where that cannot run (interpretation).
+    """
     del precision, accumulator_dtype  # products of 16-bit operands are exact, sums are in float32
-    num_rows, k = lhs.shape
+    gathers = lhs_index is not None
+    num_rows, k = lhs_index.size if gathers else lhs.shape[0], lhs.shape[1]
     num_groups = group_sizes.size
     n = rhs.shape[1 if transpose_rhs else 2]
     config = config or choose_config(
@@ -73,7 +92,7 @@ def grouped_matmul(
             num_groups=num_groups,
             num_rows=num_rows,
         ),
-        Config.for_width(n),
+        Config.for_shape(num_rows, num_groups, n),
     )
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     k_steps = pl.cdiv(k, block_k)
@@ -89,8 +108,10 @@ def grouped_matmul(
     # The four numbers of a tile lie side by side, in one sector of memory.
     tiles = jnp.stack([schedule.group, schedule.start, schedule.size, schedule.column_block], axis=1)
 
-    def kernel(lhs, rhs, tiles, last_tile, out, a_s, b_s, out_s, full, empty):
-        ring = hopper.Ring(full, empty, config.num_stages)
+    def kernel(lhs, rhs, tiles, last_tile, *refs, a_s, b_s, out_s, full, empty, arrived=None):
+        *index, out = refs
+        rows_of = copies(lhs, index[0], arrived, config.num_stages) if index else None
+        ring = make_ring(full, empty, config.num_stages, rows_of)
         warpgroup = lax.axis_index("wg")
         own_tiles = hopper.count_own_tiles(last_tile[num_groups - 1])
 
@@ -106,9 +127,7 @@ def grouped_matmul(
         def load():
             plgpu.set_max_registers(hopper.MEMORY_REGISTERS, action="decrease")
 
-            def load_tile(i, carry):
-                group, start, _, column_block = tile_at(i)
-                rows = pl.ds(first_row_read(start), block_m)
+            def load_steps(i, group, column_block, load_rows):
                 columns = pl.ds(column_block * block_n, block_n)
                 matrix = rhs.at[group]
 
@@ -117,14 +136,48 @@ def grouped_matmul(
                     ring.wait_for_room(step)
                     slot = ring.slot(step)
                     contracted = pl.ds(k * block_k, block_k)
-                    plgpu.copy_gmem_to_smem(lhs.at[rows, contracted], a_s.at[slot], full.at[slot])
                     b = matrix.at[columns, contracted] if transpose_rhs else matrix.at[contracted, columns]
                     plgpu.copy_gmem_to_smem(b, b_s.at[slot], full.at[slot])
+                    load_rows(k * block_k, slot)
                     return carry
 
-                return lax.fori_loop(0, k_steps, load_step, carry)
+                lax.fori_loop(0, k_steps, load_step, jnp.int32(0))
 
-            lax.fori_loop(0, own_tiles, load_tile, jnp.int32(0))
+            def load_tile(i, carry):
+                group, start, _, column_block = tile_at(i)
+                own_rows = pl.ds(first_row_read(start), block_m)
+
+                def load_rows(column, slot):
+                    a = lhs.at[own_rows, pl.ds(column, block_k)]
+                    plgpu.copy_gmem_to_smem(a, a_s.at[slot], full.at[slot])
+
+                load_steps(i, group, column_block, load_rows)
+                return carry
+
+            def gather_tiles(rows_of):
+                def index_of(tile):
+                    return rows_of.read(first_row_read(tile[1]), block_m)
+
+                def gather_tile(i, carry):
+                    tile, index, upcoming = carry
+                    group, start, size, column_block = tile
+                    # What the next tiles need is read now, so that nothing waits for it.
+                    upcoming_index, after_upcoming = index_of(upcoming), tile_at(i + 2)
+                    pieces = rows_of.locate(index, first_row_read(start), start, start + size, block_m)
+
+                    def copy_rows(column, slot):
+                        rows_of.copy(pieces, column, a_s.at[slot], slot)
+
+                    load_steps(i, group, column_block, copy_rows)
+                    return upcoming, upcoming_index, after_upcoming
+
+                first = tile_at(0)
+                lax.fori_loop(0, own_tiles, gather_tile, (first, index_of(first), tile_at(1)))
+
+            if rows_of is None:
+                lax.fori_loop(0, own_tiles, load_tile, jnp.int32(0))
+            else:
+                gather_tiles(rows_of)
             ring.drain(own_tiles * k_steps)
 
         @pl.when(warpgroup < hopper.MEMORY_WARPGROUP)
@@ -184,8 +237,11 @@ def grouped_matmul(
             "a_s": hopper.operand_tile((config.num_stages, block_m, block_k), lhs.dtype),
             "b_s": hopper.operand_tile((config.num_stages, *b_tile), rhs.dtype),
             "out_s": hopper.result_tile((2, 2, hopper.WARPGROUP_ROWS, hopper.swizzled_columns(out_dtype)), out_dtype),
-            "full": plgpu.Barrier(num_arrivals=2, num_barriers=config.num_stages),
+            "full": plgpu.Barrier(num_arrivals=1 if gathers else 2, num_barriers=config.num_stages),
             "empty": plgpu.Barrier(num_arrivals=hopper.NUM_COMPUTE_WARPGROUPS, num_barriers=config.num_stages),
+            **({"arrived": copies.scratch(config.num_stages)} if gathers else {}),
         },
     )
-    return run(hopper.pad_rows(lhs), rhs, tiles, schedule.last_tile).reshape(num_rows, n)
+    operands = (lhs, rhs) if gathers else (hopper.pad_rows(lhs), rhs)
+    index = (lhs_index,) if gathers else ()
+    return run(*operands, tiles, schedule.last_tile, *index).reshape(num_rows, n)

@@ -3,7 +3,7 @@
 A tile is `block_k` by `block_n` entries of one group's gradient, summed over the group's rows, 64 at a time. The first
 and the last of these steps may hold rows of the neighbouring groups (TMA reads windows that start at multiples of 8
 rows) or rows past the last group; both operands' foreign rows are overwritten with zeros in shared memory, since a
-zero times a foreign NaN would still be NaN.
+zero times a foreign NaN would still be NaN. In place of the foreign rows of a gathered operand zeros are brought.
 """
 
 import dataclasses
@@ -17,9 +17,10 @@ from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int32, Integer
 
 from pallas_kernels import hopper
+from pallas_kernels.row_copies import RowCopies, make_ring
 from pallas_kernels.schedule import group_bounds
 from pallas_kernels.tuning import Problem, choose_config
 
@@ -43,8 +44,9 @@ class Config:
     band_rows: int = 8
 
     @classmethod
-    def for_width(cls, n: int) -> "Config":
+    def for_shape(cls, num_rows: int, num_groups: int, n: int) -> "Config":
         """The rule for a result of n columns, where nothing was measured."""
+        del num_rows, num_groups
         return cls(block_n=hopper.block_columns(n))
 
     def fits(self, dtype: jax.typing.DTypeLike) -> bool:
@@ -53,23 +55,29 @@ class Config:
 
 
 def grouped_weight_gradient(
-    lhs: Float[Array, "M K"],
-    out_grad: Float[Array, "M N"],
+    lhs: Float[Array, "_ K"],
+    out_grad: Float[Array, "_ N"],
     group_sizes: Integer[Array, " G"],
+    lhs_index: Int32[Array, " M"] | None,
+    out_grad_index: Int32[Array, " M"] | None,
     *,
     precision: lax.PrecisionLike,
     accumulator_dtype: jnp.dtype,
     out_dtype: jnp.dtype,
     config: Config | None = None,
     zero_rows: Callable | None = None,
+    copies: type[RowCopies] = RowCopies,
 ) -> Float[Array, "G K N"]:
-    """Sums the outer products of each group's rows with wgmma, in float32.
+    """Sums the outer products of each group's rows with wgmma, in float32; one of the operands may be gathered.
 
-    `zero_rows` stands in for the device code that clears foreign rows, where that cannot run (interpretation).
+    `zero_rows` and `copies` stand in for the device code that clears foreign rows and gathers others, where that cannot
+    run (interpretation).
     """
     del precision, accumulator_dtype  # products of 16-bit operands are exact, sums are in float32
-    num_rows, k = lhs.shape
-    n, num_groups = out_grad.shape[1], group_sizes.size
+    gathers_lhs, gathers_out_grad = lhs_index is not None, out_grad_index is not None
+    index = [index for index in (lhs_index, out_grad_index) if index is not None]
+    num_rows = index[0].size if index else lhs.shape[0]
+    k, n, num_groups = lhs.shape[1], out_grad.shape[1], group_sizes.size
     config = config or choose_config(
         Problem.of(
             "grouped_weight_gradient",
@@ -80,7 +88,7 @@ def grouped_weight_gradient(
             num_groups=num_groups,
             num_rows=num_rows,
         ),
-        Config.for_width(n),
+        Config.for_shape(num_rows, num_groups, n),
     )
     zero_rows = zero_rows or _zero_rows
     block_k, block_n, block_m = config.block_k, config.block_n, config.block_m
@@ -90,8 +98,11 @@ def grouped_weight_gradient(
     num_tiles = num_groups * tiles_of_group
     group_start, group_end = group_bounds(group_sizes, num_rows)
 
-    def kernel(lhs, out_grad, group_start, group_end, out, a_s, b_s, out_s, full, empty, cleared):
-        ring = hopper.Ring(full, empty, config.num_stages)
+    def kernel(lhs, out_grad, group_start, group_end, *refs, a_s, b_s, out_s, full, empty, cleared, arrived=None):
+        *index, out = refs
+        source = lhs if gathers_lhs else out_grad
+        rows_of = copies(source, index[0], arrived, config.num_stages) if index else None
+        ring = make_ring(full, empty, config.num_stages, rows_of)
         warpgroup = lax.axis_index("wg")
         own_tiles = hopper.count_own_tiles(num_tiles)
 
@@ -117,24 +128,66 @@ def grouped_weight_gradient(
         def load():
             plgpu.set_max_registers(hopper.MEMORY_REGISTERS, action="decrease")
 
-            def load_tile(i, step):
+            def own_columns(i):
+                """Which columns of each operand this block's i-th tile is of."""
                 _, row, column = place_of(i)
+                return pl.multiple_of(row, block_k), pl.multiple_of(column, block_n)
+
+            def load_tile(i, step):
+                row, column = own_columns(i)
                 window, steps = steps_of(*bounds_of(i))
-                own_rows = pl.ds(pl.multiple_of(row, block_k), block_k)
-                own_columns = pl.ds(pl.multiple_of(column, block_n), block_n)
 
                 def load_step(m, carry):
                     ring.wait_for_room(step + m)
                     slot = ring.slot(step + m)
                     rows = pl.ds(pl.multiple_of(window + m * block_m, hopper.TMA_ROWS), block_m)
-                    plgpu.copy_gmem_to_smem(lhs.at[rows, own_rows], a_s.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(out_grad.at[rows, own_columns], b_s.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(lhs.at[rows, pl.ds(row, block_k)], a_s.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(out_grad.at[rows, pl.ds(column, block_n)], b_s.at[slot], full.at[slot])
                     return carry
 
                 lax.fori_loop(0, steps, load_step, jnp.int32(0))
                 return step + steps
 
-            ring.drain(lax.fori_loop(0, own_tiles, load_tile, jnp.int32(0)))
+            def gather_tiles(rows_of):
+                def first_index_of(bounds):
+                    return rows_of.read(steps_of(*bounds)[0], block_m)
+
+                def gather_tile(i, carry):
+                    step, (begin, end), first_index, upcoming = carry
+                    row, column = own_columns(i)
+                    window, steps = steps_of(begin, end)
+                    # What the next tiles need is read now, so that nothing waits for it.
+                    upcoming_index, after_upcoming = first_index_of(upcoming), bounds_of(i + 2)
+
+                    def load_step(m, index):
+                        first = pl.multiple_of(window + m * block_m, hopper.TMA_ROWS)
+                        next_index = rows_of.read(first + block_m, block_m)
+                        pieces = rows_of.locate(index, first, begin, end, block_m)
+                        ring.wait_for_room(step + m)
+                        slot = ring.slot(step + m)
+                        rows = pl.ds(first, block_m)
+                        if gathers_lhs:
+                            b = out_grad.at[rows, pl.ds(column, block_n)]
+                            plgpu.copy_gmem_to_smem(b, b_s.at[slot], full.at[slot])
+                            rows_of.copy(pieces, row, a_s.at[slot], slot)
+                        else:
+                            a = lhs.at[rows, pl.ds(row, block_k)]
+                            plgpu.copy_gmem_to_smem(a, a_s.at[slot], full.at[slot])
+                            rows_of.copy(pieces, column, b_s.at[slot], slot)
+                        return next_index
+
+                    lax.fori_loop(0, steps, load_step, first_index)
+                    return step + steps, upcoming, upcoming_index, after_upcoming
+
+                first = bounds_of(0)
+                carry = jnp.int32(0), first, first_index_of(first), bounds_of(1)
+                num_steps, *_ = lax.fori_loop(0, own_tiles, gather_tile, carry)
+                return num_steps
+
+            if rows_of is None:
+                ring.drain(lax.fori_loop(0, own_tiles, load_tile, jnp.int32(0)))
+            else:
+                ring.drain(gather_tiles(rows_of))
 
         @pl.when(warpgroup < hopper.MEMORY_WARPGROUP)
         def multiply():
@@ -154,11 +207,16 @@ def grouped_weight_gradient(
 
                     @pl.when((first > 0) | (last < block_m))
                     def clear_foreign_rows():
-                        zero_rows(a_s.at[slot, :, own_rows], first, last)
-                        zero_rows(b_s.at[slot, :, own_columns], first, last)
+                        # Gathered tiles come with zeros.
+                        if not gathers_lhs:
+                            zero_rows(a_s.at[slot, :, own_rows], first, last)
+                        if not gathers_out_grad:
+                            zero_rows(b_s.at[slot, :, own_columns], first, last)
                         plgpu.commit_smem()
-                        plgpu.barrier_arrive(cleared)
-                        plgpu.barrier_wait(cleared)
+                        if not gathers_out_grad:
+                            # Each warpgroup clears half of the columns and reads all of them.
+                            plgpu.barrier_arrive(cleared)
+                            plgpu.barrier_wait(cleared)
 
                     plgpu.wgmma(acc, a_s.at[slot, :, own_rows].transpose((1, 0)), b_s.at[slot])
 
@@ -187,12 +245,15 @@ def grouped_weight_gradient(
             "a_s": hopper.operand_tile((config.num_stages, block_m, block_k), lhs.dtype),
             "b_s": hopper.operand_tile((config.num_stages, block_m, block_n), out_grad.dtype),
             "out_s": hopper.result_tile((2, 2, own_k, hopper.swizzled_columns(out_dtype)), out_dtype),
-            "full": plgpu.Barrier(num_arrivals=2, num_barriers=config.num_stages),
+            "full": plgpu.Barrier(num_arrivals=1 if index else 2, num_barriers=config.num_stages),
             "empty": plgpu.Barrier(num_arrivals=hopper.NUM_COMPUTE_WARPGROUPS, num_barriers=config.num_stages),
             "cleared": plgpu.Barrier(num_arrivals=hopper.NUM_COMPUTE_WARPGROUPS),
+            **({"arrived": copies.scratch(config.num_stages)} if index else {}),
         },
     )
-    return run(hopper.pad_rows(lhs), hopper.pad_rows(out_grad), group_start, group_end)
+    lhs = lhs if gathers_lhs else hopper.pad_rows(lhs)
+    out_grad = out_grad if gathers_out_grad else hopper.pad_rows(out_grad)
+    return run(lhs, out_grad, group_start, group_end, *index)
 
 
 def _zero_rows(tile: hopper.Ref, first: Array, last: Array) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import jmoe
 from jmoe.activations import value_and_derivative
-from pallas_kernels import activation_gradient, gather_rows, grouped_matmul, grouped_weight_gradient
+from pallas_kernels import activation_gradient, grouped_matmul, grouped_weight_gradient
 
 pytestmark = pytest.mark.gpu
 
@@ -134,16 +134,33 @@ def test_vmap_runs_the_kernel_for_every_element(relative_error):
         assert relative_error(products[i], expected) < TOLERANCE[jnp.bfloat16]
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize(
-    ("n", "c", "d"), [(1, 1, 64), (1, 8, 2048), (999, 3, 320), (4096, 8, 1024), (7, 17, 192), (130, 2, 14336)]
-)
-def test_gathered_rows_are_equal_to_the_bit(n, c, d, dtype):
-    x = random_normal(0, n, d, dtype=dtype).at[0].set(jnp.nan)
-    position = jax.random.permutation(jax.random.key(1), n * c).astype(jnp.int32)
-    index = jnp.zeros(n * c, jnp.int32).at[position].set(jnp.arange(n * c) // c)
-    rows = jax.jit(functools.partial(gather_rows, implementation="mosaic_gpu"))(x, index, position.reshape(n, c))
-    np.testing.assert_array_equal(np.asarray(rows).view(np.uint16), np.asarray(x)[index].view(np.uint16))
+@pytest.mark.parametrize(("m", "k", "n", "sizes", "dtype", "out_dtype"), CASES)
+def test_gathered_rows_give_the_bits_of_rows_gathered_before(m, k, n, sizes, dtype, out_dtype):
+    num_sources = max(m // 3, 1)
+    index = jax.random.randint(jax.random.key(5), (m,), 0, num_sources)
+    # A row that only those past the groups name.
+    index = jnp.where(jnp.arange(m) < sum(max(size, 0) for size in sizes), index, num_sources)
+    group_sizes = jnp.array(sizes, jnp.int32)
+
+    def sources(columns):
+        return random_normal(0, num_sources + 1, columns, dtype=dtype).at[num_sources].set(jnp.nan)
+
+    def assert_same(function, fused, before):
+        run = jax.jit(functools.partial(function, preferred_element_type=out_dtype))
+        actual, expected = np.asarray(run(**fused)), np.asarray(run(**before))
+        np.testing.assert_array_equal(actual.view(np.uint8), expected.view(np.uint8))
+
+    x, other, sizes_ = sources(k), random_normal(1, m, n, dtype=dtype), {"group_sizes": group_sizes}
+    for transpose_rhs in (False, True):
+        _, rhs, _ = matmul_operands(m, k, n, sizes, dtype, transpose_rhs)
+        multiply = functools.partial(mosaic_matmul, transpose_rhs=transpose_rhs)
+        operands = {"rhs": rhs} | sizes_
+        assert_same(multiply, {"lhs": x, "lhs_index": index} | operands, {"lhs": x[index]} | operands)
+    operands = {"out_grad": other} | sizes_
+    assert_same(mosaic_weight_gradient, {"lhs": x, "lhs_index": index} | operands, {"lhs": x[index]} | operands)
+    operands, dy = {"lhs": random_normal(2, m, k, dtype=dtype)} | sizes_, sources(n)
+    fused = {"out_grad": dy, "out_grad_index": index}
+    assert_same(mosaic_weight_gradient, fused | operands, {"out_grad": dy[index]} | operands)
 
 
 @pytest.mark.parametrize("weighted", [True, False])

@@ -37,9 +37,10 @@ def with_config(operation, **fields):
     common = {"precision": None, "accumulator_dtype": jnp.dtype(jnp.float32), "out_dtype": jnp.dtype(jnp.bfloat16)}
     if operation == "weight_gradient":
         kernel, config = mosaic_gpu_weight_gradient.grouped_weight_gradient, mosaic_gpu_weight_gradient.Config
+        common |= {"lhs_index": None, "out_grad_index": None}
     else:
         kernel, config = mosaic_gpu.grouped_matmul, mosaic_gpu.Config
-        common["transpose_rhs"] = operation == "transposed"
+        common |= {"transpose_rhs": operation == "transposed", "lhs_index": None}
     return functools.partial(kernel, config=config(**fields), **common)
 
 

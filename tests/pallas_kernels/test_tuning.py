@@ -46,6 +46,25 @@ def test_a_measured_configuration_replaces_what_it_names_of_the_rule(user_table,
 
 
 @pytest.mark.parametrize(
+    ("rows", "groups", "columns", "block_n"),
+    [
+        (8, 64, 2048, 128),  # 64 tiles of 256 columns leave half of the multiprocessors idle
+        (4096, 64, 2048, 256),
+        (2, 8, 28672, 64),  # 224 tiles take two turns, and so leave a seventh idle
+        (2, 8, 4096, 64),
+        (32, 8, 4096, 256),
+        (262144, 64, 2048, 256),
+        (262144, 64, 64, 128),
+    ],
+)
+def test_where_groups_have_few_rows_tiles_are_as_wide_as_all_multiprocessors_read(rows, groups, columns, block_n, h100):
+    with h100():
+        rule = Config.for_shape(rows, groups, columns)
+        assert rule.block_n == block_n
+        assert rule.fits("bfloat16")
+
+
+@pytest.mark.parametrize(
     "change",
     [{"kernel": "grouped_matmul_transposed"}, {"m": 2048}, {"k": 576}, {"num_groups": 9}, {"dtype": "float16"}],
 )
