@@ -14,15 +14,12 @@ from jaxtyping import Array
 
 import jmoe
 from benchmarks.jax_matmuls import CUBLAS_OPTIONS, NO_AUTOTUNING, check_memory, kernel_implementation
-from benchmarks.layers import Configuration, sample_tokens
+from benchmarks.layers import RESULTS, Configuration, sample_tokens
 from benchmarks.record import Record, custom_calls
 from benchmarks.timing import Variant
 
 type LayerFunction = Callable[[Array, Array, Array, Array], Array]
 """Computes y[T, D] from x[T, D], w_up[E, D, H], w_down[E, F, D] and logits[T, E]."""
-
-RESULTS = ("y", "y_with_backward", "x", "w_up", "w_down", "logits")
-"""What is compared: y of the forward alone, y of forward and backward, and the gradients."""
 
 _MIB = 2**20
 

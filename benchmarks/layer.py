@@ -4,14 +4,17 @@
 measures small layers on XLA: that the program works, not what a GPU does.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import itertools
 import os
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -41,13 +44,17 @@ from benchmarks.record import (
     new_process,
     open_results,
 )
-from benchmarks.torch_layers import TorchLayer
+from benchmarks.scattermoe_layer import load_scattermoe, scattermoe_layer
+from benchmarks.sonicmoe_layer import load_sonicmoe, sonicmoe_layer
+from benchmarks.torch_layers import TorchFunction, TorchLayer, grouped_mm_layer
 from benchmarks.torch_matmuls import load_torch
 
 METHOD = """\
 x, weights and the gradient of y in bfloat16, normal values, made on the device; float32 logits. jmoe: route_top_k
 and moe_mlp, in one jit. forward: y. both: y and the gradients of x, both weights and the logits, in one jit.
-backward: both - forward, in each round.
+backward: both - forward, in each round. scattermoe: ScatterMoE's linear layers in fms-acceleration-moe, top-k,
+softmax and activation by PyTorch. sonicmoe: SonicMoE's layer given the logits, its matmuls not tuned (tuned=False),
+the weights arranged as it wants them beforehand.
 Logits: random: independent normal values. balanced: the same, with 20 added to those of chosen experts, so that
 each expert gets R / E assignments. zipf: the same, chosen so that the expert of rank r gets about min(T, c / r)
 assignments, with the c that makes their sum R; which expert has which rank is random.
@@ -66,59 +73,74 @@ in random order: 30 ms of rest, one untimed call, and as many calls as fill abou
 ms_min and ms_max are of one call, over the rounds; spread is (ms_max - ms_min) / ms_median. Each configuration of
 each implementation runs in a process of its own. Seed {seed}."""
 
-OURS, TORCH = "jmoe", "torch_grouped_mm"
+OURS = "jmoe"
 
 _JAX_LAYERS: Mapping[str, Callable[[Configuration], LayerFunction]] = {
     OURS: jmoe_layer,
     "jax_ragged_dot": lax_layer,
     "tokamax": tokamax_layer,
 }
-_MODULES = {
-    TORCH: "torch",
-    "jax_ragged_dot": "jax",
-    "tokamax": "tokamax",
-    "scattermoe": "fms_acceleration_moe",
-    "sonicmoe": "sonicmoe",
+_TORCH_LAYERS: Mapping[str, Callable[[types.ModuleType, Configuration], TorchFunction]] = {
+    "torch_grouped_mm": grouped_mm_layer,
+    "scattermoe": scattermoe_layer,
+    "sonicmoe": sonicmoe_layer,
 }
-PEERS = tuple(_MODULES)
+
+
+class _Package(NamedTuple):
+    """What a peer is from: its name on the package index, and what imports it."""
+
+    name: str
+    load: Callable[[], object]
+
+
+_PACKAGES: Mapping[str, _Package] = {
+    "torch_grouped_mm": _Package("torch", functools.partial(importlib.import_module, "torch")),
+    "jax_ragged_dot": _Package("jax", functools.partial(importlib.import_module, "jax")),
+    "tokamax": _Package("tokamax", functools.partial(importlib.import_module, "tokamax")),
+    "scattermoe": _Package("fms-acceleration-moe", load_scattermoe),
+    "sonicmoe": _Package("sonic-moe", load_sonicmoe),
+}
+PEERS = tuple(_PACKAGES)
 
 _THREADS = 4  # that compile the functions of one configuration
-_compiled: dict[str, CompiledLayer] = {}  # of this process
+_prepared: dict[str, Callable[[int], Layer]] = {}  # of this process: each makes its layer of the seed
 
 
 def why_not(implementation: str, platform: str) -> str | None:
     """Says why this process cannot measure a peer, if it cannot."""
     try:
-        importlib.import_module(_MODULES[implementation])
-        if implementation == TORCH:
+        if implementation in _TORCH_LAYERS:
             load_torch(platform)
+        _PACKAGES[implementation].load()
     except Exception as failure:  # packages have many ways to fail here
         return f"not importable: {describe_failure(failure)}"
-    known = implementation == TORCH or implementation in _JAX_LAYERS
-    return None if known else "importable, but this program does not know how to call it"
+    return None
 
 
 def prepare(implementation: str, name: str, platform: str) -> None:
     """Does all that leaves the device idle: imports, and compiles a configuration for this process."""
-    if implementation == TORCH:
-        load_torch(platform)
+    configuration = CONFIGURATIONS[name]
+    if implementation in _TORCH_LAYERS:
+        torch = load_torch(platform)
+        function = _TORCH_LAYERS[implementation](torch, configuration)
+        _prepared[name] = functools.partial(TorchLayer, torch, configuration, function)
         return
     with ThreadPoolExecutor(_THREADS) as pool:
-        layer = _JAX_LAYERS[implementation](CONFIGURATIONS[name])
-        _compiled[name] = CompiledLayer(CONFIGURATIONS[name], layer, pool, ours=implementation == OURS)
+        layer = _JAX_LAYERS[implementation](configuration)
+        compiled = CompiledLayer(configuration, layer, pool, ours=implementation == OURS)
+    _prepared[name] = functools.partial(JaxLayer, compiled)
 
 
 def measure_configuration(
-    implementation: str, name: str, routings: Sequence[RoutingName], platform: str, *, rounds: int, seed: int
+    implementation: str, name: str, routings: Sequence[RoutingName], *, rounds: int, seed: int
 ) -> list[Record]:
     """Measures a configuration that this process prepared, under each routing."""
     configuration = CONFIGURATIONS[name]
-    layer: Layer
-    if implementation == TORCH:
-        layer = TorchLayer(load_torch(platform), configuration, seed)
-    else:
-        layer = JaxLayer(_compiled[name], seed)
-    version = {} if implementation == OURS else {"peer_version": importlib.metadata.version(_MODULES[implementation])}
+    layer = _prepared[name](seed)
+    version = {}
+    if implementation != OURS:
+        version["peer_version"] = importlib.metadata.version(_PACKAGES[implementation].name)
     return [
         measure(layer, configuration, routing, implementation=implementation, rounds=rounds, seed=seed) | version
         for routing in routings
@@ -176,7 +198,7 @@ class Run:
             for name, process in processes.items():
                 try:
                     preparing[name].result()
-                    arguments = implementation, name, missing[name], self._platform
+                    arguments = implementation, name, missing[name]
                     task = process.submit(measure_configuration, *arguments, rounds=self._rounds, seed=self._seed)
                     records = task.result()
                 except BrokenProcessPool:

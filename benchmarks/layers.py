@@ -14,6 +14,9 @@ from benchmarks.timing import Variant, summarize, time_in_rounds
 RoutingName = Literal["random", "balanced", "zipf"]
 ROUTINGS: tuple[RoutingName, ...] = get_args(RoutingName)
 
+RESULTS = ("y", "y_with_backward", "x", "w_up", "w_down", "logits")
+"""What is compared: y of the forward alone, y of forward and backward, and the gradients."""
+
 ERROR_FACTOR, ERROR_SLACK = 1.2, 5e-4
 """A relative error may be that of plain bfloat16 times the factor, plus the slack."""
 PEER_TOLERANCE = 2e-2
