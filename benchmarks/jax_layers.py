@@ -211,6 +211,7 @@ class JaxLayer:
             "forward": functools.partial(run["forward"], *self._operands),
             "both": functools.partial(run["both"], *self._both_operands),
             "dense": functools.partial(self._dense, self._dense_lhs, self._dense_rhs),
+            "copy": functools.partial(run["copy"], self._w_up),
         }
         jax.block_until_ready([call() for call in calls.values()])  # nothing is slow for being the first time
         return {name: Variant(call, jax.block_until_ready) for name, call in calls.items()}
@@ -250,7 +251,7 @@ def _programs(
     configuration: Configuration, layer: LayerFunction, *, probe: Mapping[str, Any] | None
 ) -> dict[str, Program]:
     c, bf16 = configuration, jnp.bfloat16
-    operands = x, *_, dy = _operand_shapes(c)
+    operands = x, w_up, *_, dy = _operand_shapes(c)
     dense = jax.ShapeDtypeStruct((c.num_rows, c.D), bf16), jax.ShapeDtypeStruct((c.D, c.up_columns), bf16)
     both = functools.partial(_forward_and_backward, layer)
     exact = functools.partial(_on_sample, c, jnp.float32)
@@ -263,6 +264,7 @@ def _programs(
         "forward": Program(layer, operands[:-1], probe=probe),
         "both": Program(both, operands, probe=probe),
         "dense": Program(jnp.dot, dense, CUBLAS_OPTIONS),
+        "copy": Program(jnp.copy, (w_up,)),
         "exact": Program(exact, operands, run_once),
         "plain": Program(plain, operands, run_once),
         "plain_errors": Program(_plain_errors, (expected, jax.eval_shape(plain, *operands))),

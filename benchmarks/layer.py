@@ -60,7 +60,8 @@ each expert gets R / E assignments. zipf: the same, chosen so that the expert of
 assignments, with the c that makes their sum R; which expert has which rank is random.
 FLOPs: 2 R D H + 2 R F D forward, with R = T K and H = 2 F (SwiGLU) or F (GELU), twice that backward. dense: one
 matmul [R, D] @ [D, H], as many operations as the up-projection (jmoe's and JAX's: through XLA without its Triton
-matmuls, so cuBLAS on NVIDIA GPUs; torch's: torch.matmul). ratio: TFLOP/s over those of dense.
+matmuls, so cuBLAS on NVIDIA GPUs; torch's: torch.matmul). ratio: TFLOP/s over those of dense. copy_gb_per_s: bytes
+read and written by a copy of the up-projection's weights, through XLA.
 relative_error: of the compiled functions that are timed, before that, against float32 computed by plain JAX (each
 token through each expert) for 512 of the tokens; the gradient of y is zero for the others, whose gradients must
 be zero. plain_relative_error: the same of that plain computation in bfloat16. More than {factor} times it plus
@@ -68,10 +69,10 @@ be zero. plain_relative_error: the same of that plain computation in bfloat16. M
 kept_mib: bytes between forward and backward (the leaves of jax.vjp's pullback) beside x, the parameters and the
 logits. peak_mib: what XLA plans for both beside operands and results (temp_size_in_bytes), output_mib: for the
 results. peak_with_outputs_mib: PyTorch's counter, operands not counted, results counted.
-All is compiled and warmed up first. Then {rounds} rounds, in each of which forward, both and dense have one turn,
-in random order: 30 ms of rest, one untimed call, and as many calls as fill about 15 ms, timed together. ms_median,
-ms_min and ms_max are of one call, over the rounds; spread is (ms_max - ms_min) / ms_median. Each configuration of
-each implementation runs in a process of its own. Seed {seed}."""
+All is compiled and warmed up first. Then {rounds} rounds, in each of which forward, both, dense and copy have one
+turn, in random order: 30 ms of rest, one untimed call, and as many calls as fill about 15 ms, timed together.
+ms_median, ms_min and ms_max are of one call, over the rounds; spread is (ms_max - ms_min) / ms_median. Each
+configuration of each implementation runs in a process of its own. Seed {seed}."""
 
 OURS = "jmoe"
 
@@ -264,7 +265,7 @@ def show(records: Sequence[Record], title: str, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns 1 if a layer of this project failed, and 0 otherwise."""
     parser = make_parser("layer", __doc__)
-    parser.add_argument("--only", help=f"configurations, separated by commas: {', '.join(CONFIGURATIONS)}")
+    parser.add_argument("--only", help=f"names or patterns, separated by commas: {', '.join(CONFIGURATIONS)}")
     parser.add_argument("--routing", default="random", help=f"separated by commas: {', '.join(ROUTINGS)}")
     parser.add_argument(
         "--peers",

@@ -12,8 +12,10 @@ from benchmarks import layer, memory, sonicmoe_layer
 from benchmarks.jax_layers import CompiledLayer, JaxLayer, jmoe_layer, kept_bytes, lax_layer, plain_layer
 from benchmarks.layers import (
     CONFIGURATIONS,
+    EXPERT_SWEEP,
     RESULTS,
     Configuration,
+    default_names,
     draw_logits,
     group_sizes,
     inclusion,
@@ -22,6 +24,7 @@ from benchmarks.layers import (
     sample_tokens,
     summarize_layer,
 )
+from benchmarks.record import chosen, make_parser
 from benchmarks.timing import Variant
 
 SMALL = Configuration("small", T=600, D=16, F=8, E=6, K=2)
@@ -74,6 +77,7 @@ def test_the_program_measures_layers_and_continues_its_file(run_program, tmp_pat
         # The pre-activations, and integers and what the router keeps.
         assert 2 * 512 * 128 <= record["kept_mib"] * 2**20 < 2 * 2 * 512 * 128
         assert record["backend"] == "xla"
+        assert record["copy_gb_per_s"] > 0
 
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")  # the program changes it
     monkeypatch.setattr(layer, "new_process", lambda: ThreadPoolExecutor(1))
@@ -163,6 +167,9 @@ def test_the_backward_takes_what_both_take_beyond_the_forward():
     assert summary["dense"]["tflops"] == pytest.approx(up / 1e-3 / 1e12)
     assert summary["both"]["tflops"] == pytest.approx(3 * 1.5 * up / 6e-3 / 1e12)
     assert summary["both"]["ratio"] == pytest.approx(3 * 1.5 / 6)
+    assert "copy_gb_per_s" not in summary
+    summary = summarize_layer(seconds | {"copy": [1e-6, 2e-6, 9e-6]}, SMALL)
+    assert summary["copy_gb_per_s"] == pytest.approx(2 * (2 * 6 * 16 * 16) / 2e-6 / 1e9)
 
 
 def test_operations_are_counted_as_the_papers_count_them():
@@ -171,6 +178,19 @@ def test_operations_are_counted_as_the_papers_count_them():
     assert olmoe.flops("backward") == 2 * olmoe.flops("forward")
     assert dmoe.flops("both") == 3 * 4 * 65_536 * 512 * 2048
     assert olmoe.up_flops == 2 * olmoe.num_rows * 2048 * 2048
+
+
+def test_the_sweep_of_experts_changes_nothing_else_and_is_measured_on_demand_only():
+    assert [sweep.E for sweep in EXPERT_SWEEP.values()] == [8, 16, 32, 64, 128, 256, 512]
+    assert {sweep.flops("both") for sweep in EXPERT_SWEEP.values()} == {CONFIGURATIONS["olmoe"].flops("both")}
+    assert EXPERT_SWEEP["E64"].weight_bytes == 64 * 3 * 2048 * 1024 * 2
+    for platform in ("gpu", "cpu"):
+        assert not EXPERT_SWEEP.keys() & set(default_names(platform))
+    parser = make_parser("layer", None)
+    assert chosen(parser, "--only", "E*", CONFIGURATIONS) == list(EXPERT_SWEEP)
+    assert chosen(parser, "--only", "tiny,E?,t*y", CONFIGURATIONS) == ["tiny", "E8"]
+    with pytest.raises(SystemExit, match="2"):
+        chosen(parser, "--only", "tiny,F*", CONFIGURATIONS)
 
 
 @pytest.mark.parametrize(
