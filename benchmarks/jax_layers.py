@@ -14,15 +14,12 @@ from jaxtyping import Array
 
 import jmoe
 from benchmarks.jax_matmuls import CUBLAS_OPTIONS, NO_AUTOTUNING, check_memory, kernel_implementation
-from benchmarks.layers import Configuration, sample_tokens
+from benchmarks.layers import RESULTS, Configuration, sample_tokens
 from benchmarks.record import Record, custom_calls
 from benchmarks.timing import Variant
 
 type LayerFunction = Callable[[Array, Array, Array, Array], Array]
 """Computes y[T, D] from x[T, D], w_up[E, D, H], w_down[E, F, D] and logits[T, E]."""
-
-RESULTS = ("y", "y_with_backward", "x", "w_up", "w_down", "logits")
-"""What is compared: y of the forward alone, y of forward and backward, and the gradients."""
 
 _MIB = 2**20
 
@@ -214,6 +211,7 @@ class JaxLayer:
             "forward": functools.partial(run["forward"], *self._operands),
             "both": functools.partial(run["both"], *self._both_operands),
             "dense": functools.partial(self._dense, self._dense_lhs, self._dense_rhs),
+            "copy": functools.partial(run["copy"], self._w_up),
         }
         jax.block_until_ready([call() for call in calls.values()])  # nothing is slow for being the first time
         return {name: Variant(call, jax.block_until_ready) for name, call in calls.items()}
@@ -253,7 +251,7 @@ def _programs(
     configuration: Configuration, layer: LayerFunction, *, probe: Mapping[str, Any] | None
 ) -> dict[str, Program]:
     c, bf16 = configuration, jnp.bfloat16
-    operands = x, *_, dy = _operand_shapes(c)
+    operands = x, w_up, *_, dy = _operand_shapes(c)
     dense = jax.ShapeDtypeStruct((c.num_rows, c.D), bf16), jax.ShapeDtypeStruct((c.D, c.up_columns), bf16)
     both = functools.partial(_forward_and_backward, layer)
     exact = functools.partial(_on_sample, c, jnp.float32)
@@ -266,6 +264,7 @@ def _programs(
         "forward": Program(layer, operands[:-1], probe=probe),
         "both": Program(both, operands, probe=probe),
         "dense": Program(jnp.dot, dense, CUBLAS_OPTIONS),
+        "copy": Program(jnp.copy, (w_up,)),
         "exact": Program(exact, operands, run_once),
         "plain": Program(plain, operands, run_once),
         "plain_errors": Program(_plain_errors, (expected, jax.eval_shape(plain, *operands))),

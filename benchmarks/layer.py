@@ -4,14 +4,17 @@
 measures small layers on XLA: that the program works, not what a GPU does.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import itertools
 import os
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -41,19 +44,24 @@ from benchmarks.record import (
     new_process,
     open_results,
 )
-from benchmarks.torch_layers import TorchLayer
+from benchmarks.scattermoe_layer import load_scattermoe, scattermoe_layer
+from benchmarks.sonicmoe_layer import load_sonicmoe, sonicmoe_layer
+from benchmarks.torch_layers import TorchFunction, TorchLayer, grouped_mm_layer
 from benchmarks.torch_matmuls import load_torch
 
 METHOD = """\
 x, weights and the gradient of y in bfloat16, normal values, made on the device; float32 logits. jmoe: route_top_k
 and moe_mlp, in one jit. forward: y. both: y and the gradients of x, both weights and the logits, in one jit.
-backward: both - forward, in each round.
+backward: both - forward, in each round. scattermoe: ScatterMoE's linear layers in fms-acceleration-moe, top-k,
+softmax and activation by PyTorch. sonicmoe: SonicMoE's layer given the logits, its matmuls not tuned (tuned=False),
+the weights arranged as it wants them beforehand.
 Logits: random: independent normal values. balanced: the same, with 20 added to those of chosen experts, so that
 each expert gets R / E assignments. zipf: the same, chosen so that the expert of rank r gets about min(T, c / r)
 assignments, with the c that makes their sum R; which expert has which rank is random.
 FLOPs: 2 R D H + 2 R F D forward, with R = T K and H = 2 F (SwiGLU) or F (GELU), twice that backward. dense: one
 matmul [R, D] @ [D, H], as many operations as the up-projection (jmoe's and JAX's: through XLA without its Triton
-matmuls, so cuBLAS on NVIDIA GPUs; torch's: torch.matmul). ratio: TFLOP/s over those of dense.
+matmuls, so cuBLAS on NVIDIA GPUs; torch's: torch.matmul). ratio: TFLOP/s over those of dense. copy_gb_per_s: bytes
+read and written by a copy of the up-projection's weights, through XLA.
 relative_error: of the compiled functions that are timed, before that, against float32 computed by plain JAX (each
 token through each expert) for 512 of the tokens; the gradient of y is zero for the others, whose gradients must
 be zero. plain_relative_error: the same of that plain computation in bfloat16. More than {factor} times it plus
@@ -61,64 +69,79 @@ be zero. plain_relative_error: the same of that plain computation in bfloat16. M
 kept_mib: bytes between forward and backward (the leaves of jax.vjp's pullback) beside x, the parameters and the
 logits. peak_mib: what XLA plans for both beside operands and results (temp_size_in_bytes), output_mib: for the
 results. peak_with_outputs_mib: PyTorch's counter, operands not counted, results counted.
-All is compiled and warmed up first. Then {rounds} rounds, in each of which forward, both and dense have one turn,
-in random order: 30 ms of rest, one untimed call, and as many calls as fill about 15 ms, timed together. ms_median,
-ms_min and ms_max are of one call, over the rounds; spread is (ms_max - ms_min) / ms_median. Each configuration of
-each implementation runs in a process of its own. Seed {seed}."""
+All is compiled and warmed up first. Then {rounds} rounds, in each of which forward, both, dense and copy have one
+turn, in random order: 30 ms of rest, one untimed call, and as many calls as fill about 15 ms, timed together.
+ms_median, ms_min and ms_max are of one call, over the rounds; spread is (ms_max - ms_min) / ms_median. Each
+configuration of each implementation runs in a process of its own. Seed {seed}."""
 
-OURS, TORCH = "jmoe", "torch_grouped_mm"
+OURS = "jmoe"
 
 _JAX_LAYERS: Mapping[str, Callable[[Configuration], LayerFunction]] = {
     OURS: jmoe_layer,
     "jax_ragged_dot": lax_layer,
     "tokamax": tokamax_layer,
 }
-_MODULES = {
-    TORCH: "torch",
-    "jax_ragged_dot": "jax",
-    "tokamax": "tokamax",
-    "scattermoe": "fms_acceleration_moe",
-    "sonicmoe": "sonicmoe",
+_TORCH_LAYERS: Mapping[str, Callable[[types.ModuleType, Configuration], TorchFunction]] = {
+    "torch_grouped_mm": grouped_mm_layer,
+    "scattermoe": scattermoe_layer,
+    "sonicmoe": sonicmoe_layer,
 }
-PEERS = tuple(_MODULES)
+
+
+class _Package(NamedTuple):
+    """What a peer is from: its name on the package index, and what imports it."""
+
+    name: str
+    load: Callable[[], object]
+
+
+_PACKAGES: Mapping[str, _Package] = {
+    "torch_grouped_mm": _Package("torch", functools.partial(importlib.import_module, "torch")),
+    "jax_ragged_dot": _Package("jax", functools.partial(importlib.import_module, "jax")),
+    "tokamax": _Package("tokamax", functools.partial(importlib.import_module, "tokamax")),
+    "scattermoe": _Package("fms-acceleration-moe", load_scattermoe),
+    "sonicmoe": _Package("sonic-moe", load_sonicmoe),
+}
+PEERS = tuple(_PACKAGES)
 
 _THREADS = 4  # that compile the functions of one configuration
-_compiled: dict[str, CompiledLayer] = {}  # of this process
+_prepared: dict[str, Callable[[int], Layer]] = {}  # of this process: each makes its layer of the seed
 
 
 def why_not(implementation: str, platform: str) -> str | None:
     """Says why this process cannot measure a peer, if it cannot."""
     try:
-        importlib.import_module(_MODULES[implementation])
-        if implementation == TORCH:
+        if implementation in _TORCH_LAYERS:
             load_torch(platform)
+        _PACKAGES[implementation].load()
     except Exception as failure:  # packages have many ways to fail here
         return f"not importable: {describe_failure(failure)}"
-    known = implementation == TORCH or implementation in _JAX_LAYERS
-    return None if known else "importable, but this program does not know how to call it"
+    return None
 
 
 def prepare(implementation: str, name: str, platform: str) -> None:
     """Does all that leaves the device idle: imports, and compiles a configuration for this process."""
-    if implementation == TORCH:
-        load_torch(platform)
+    configuration = CONFIGURATIONS[name]
+    if implementation in _TORCH_LAYERS:
+        torch = load_torch(platform)
+        function = _TORCH_LAYERS[implementation](torch, configuration)
+        _prepared[name] = functools.partial(TorchLayer, torch, configuration, function)
         return
     with ThreadPoolExecutor(_THREADS) as pool:
-        layer = _JAX_LAYERS[implementation](CONFIGURATIONS[name])
-        _compiled[name] = CompiledLayer(CONFIGURATIONS[name], layer, pool, ours=implementation == OURS)
+        layer = _JAX_LAYERS[implementation](configuration)
+        compiled = CompiledLayer(configuration, layer, pool, ours=implementation == OURS)
+    _prepared[name] = functools.partial(JaxLayer, compiled)
 
 
 def measure_configuration(
-    implementation: str, name: str, routings: Sequence[RoutingName], platform: str, *, rounds: int, seed: int
+    implementation: str, name: str, routings: Sequence[RoutingName], *, rounds: int, seed: int
 ) -> list[Record]:
     """Measures a configuration that this process prepared, under each routing."""
     configuration = CONFIGURATIONS[name]
-    layer: Layer
-    if implementation == TORCH:
-        layer = TorchLayer(load_torch(platform), configuration, seed)
-    else:
-        layer = JaxLayer(_compiled[name], seed)
-    version = {} if implementation == OURS else {"peer_version": importlib.metadata.version(_MODULES[implementation])}
+    layer = _prepared[name](seed)
+    version = {}
+    if implementation != OURS:
+        version["peer_version"] = importlib.metadata.version(_PACKAGES[implementation].name)
     return [
         measure(layer, configuration, routing, implementation=implementation, rounds=rounds, seed=seed) | version
         for routing in routings
@@ -176,7 +199,7 @@ class Run:
             for name, process in processes.items():
                 try:
                     preparing[name].result()
-                    arguments = implementation, name, missing[name], self._platform
+                    arguments = implementation, name, missing[name]
                     task = process.submit(measure_configuration, *arguments, rounds=self._rounds, seed=self._seed)
                     records = task.result()
                 except BrokenProcessPool:
@@ -242,7 +265,7 @@ def show(records: Sequence[Record], title: str, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns 1 if a layer of this project failed, and 0 otherwise."""
     parser = make_parser("layer", __doc__)
-    parser.add_argument("--only", help=f"configurations, separated by commas: {', '.join(CONFIGURATIONS)}")
+    parser.add_argument("--only", help=f"names or patterns, separated by commas: {', '.join(CONFIGURATIONS)}")
     parser.add_argument("--routing", default="random", help=f"separated by commas: {', '.join(ROUTINGS)}")
     parser.add_argument(
         "--peers",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, get_args
 
@@ -13,6 +14,9 @@ from benchmarks.timing import Variant, summarize, time_in_rounds
 
 RoutingName = Literal["random", "balanced", "zipf"]
 ROUTINGS: tuple[RoutingName, ...] = get_args(RoutingName)
+
+RESULTS = ("y", "y_with_backward", "x", "w_up", "w_down", "logits")
+"""What is compared: y of the forward alone, y of forward and backward, and the gradients."""
 
 ERROR_FACTOR, ERROR_SLACK = 1.2, 5e-4
 """A relative error may be that of plain bfloat16 times the factor, plus the slack."""
@@ -46,6 +50,16 @@ class Configuration:
         return 2 * self.F if self.activation == "swiglu" else self.F
 
     @property
+    def up_bytes(self) -> int:
+        """Bytes of the up-projection's weights."""
+        return 2 * self.E * self.D * self.up_columns
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.up_bytes + 2 * self.E * self.F * self.D
+
+    @property
     def up_flops(self) -> int:
         """Floating-point operations of the up-projection."""
         return 2 * self.num_rows * self.D * self.up_columns
@@ -55,6 +69,12 @@ class Configuration:
         forward = self.up_flops + 2 * self.num_rows * self.F * self.D
         return {"forward": 1, "backward": 2, "both": 3}[operation] * forward
 
+
+EXPERT_SWEEP = {
+    configuration.name: configuration
+    for configuration in (Configuration(f"E{E}", 32_768, 2048, 1024, E, 8) for E in (8, 16, 32, 64, 128, 256, 512))
+}
+"""The same operations, spread over ever more experts."""
 
 CONFIGURATIONS = {
     configuration.name: configuration
@@ -68,6 +88,7 @@ CONFIGURATIONS = {
         Configuration("dMoE-XS", 65_536, 512, 2048, 64, 1, "gelu"),
         Configuration("dMoE-Small", 32_768, 768, 3072, 64, 1, "gelu"),
         Configuration("dMoE-Medium", 8192, 1024, 4096, 64, 1, "gelu"),
+        *EXPERT_SWEEP.values(),
         Configuration("tiny", 256, 64, 64, 8, 2),
         Configuration("tiny-gelu", 256, 64, 128, 8, 1, "gelu"),
     )
@@ -77,7 +98,8 @@ _ELSEWHERE = ("tiny", "tiny-gelu")
 
 def default_names(platform: str) -> list[str]:
     """What is measured if nothing else is asked for, on JAX's platform: "gpu" or another."""
-    return [name for name in CONFIGURATIONS if (name in _ELSEWHERE) == (platform != "gpu")]
+    names = [name for name in CONFIGURATIONS if name not in EXPERT_SWEEP]
+    return [name for name in names if (name in _ELSEWHERE) == (platform != "gpu")]
 
 
 class Layer(Protocol):
@@ -96,7 +118,10 @@ class Layer(Protocol):
         ...
 
     def variants(self) -> Mapping[str, Variant]:
-        """What to time: "forward", "both", and "dense": one matmul of as many operations as the up-projection."""
+        """What to time: "forward", "both", and "dense": one matmul of as many operations as the up-projection.
+
+        And "copy" of the up-projection's weights, if the layer has it.
+        """
         ...
 
 
@@ -149,15 +174,19 @@ def judge(errors: Mapping[str, float], plain_errors: Mapping[str, float] | None)
 def summarize_layer(seconds: Mapping[str, Sequence[float]], configuration: Configuration) -> Record:
     """Summarises the timings of "forward", "both" and "dense", and those of the backward as a difference.
 
-    `ratio` is the TFLOP/s of each over that of the dense matmul, which was timed in the same rounds.
+    `ratio` is the TFLOP/s of each over that of the dense matmul, which was timed in the same rounds. A timing of
+    "copy" gives the rate at which the device copies: bytes read and written in a second.
     """
     timings = dict(seconds)
+    copies = timings.pop("copy", None)
     timings["backward"] = [both - forward for both, forward in zip(seconds["both"], seconds["forward"], strict=True)]
     dense = summarize(list(timings.pop("dense")), configuration.up_flops)
     summary: Record = {"dense": dense}
     for operation in ("forward", "backward", "both"):
         part = summarize(list(timings[operation]), configuration.flops(operation))
         summary[operation] = part | {"ratio": part["tflops"] / dense["tflops"]}
+    if copies:
+        summary["copy_gb_per_s"] = 2 * configuration.up_bytes / statistics.median(copies) / 1e9
     return summary
 
 

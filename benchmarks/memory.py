@@ -61,7 +61,7 @@ def show(records: Sequence[Record], title: str, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns 1 if a layer did not compile, and 0 otherwise."""
     parser = make_parser("memory", __doc__)
-    parser.add_argument("--only", help=f"configurations, separated by commas: {', '.join(CONFIGURATIONS)}")
+    parser.add_argument("--only", help=f"names or patterns, separated by commas: {', '.join(CONFIGURATIONS)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile at a time")
     options = parser.parse_args(arguments)
     if options.jobs < 1:

@@ -1,4 +1,4 @@
-"""Draws the speed of whole layers, this project's beside others'."""
+"""Draws the speed of whole layers, this project's beside others', and their time against the number of experts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks import peers
-from benchmarks.layers import CONFIGURATIONS
+from benchmarks.experts import bounds_ms, by_number_of_experts
+from benchmarks.layers import CONFIGURATIONS, EXPERT_SWEEP
 from benchmarks.record import Record
 
 # Blue for ours; the others told apart by every kind of colour vision, and in print.
@@ -44,6 +45,41 @@ def plot_layers(records: Sequence[Record], device: str, path: Path) -> None:
     panels[1].set_xticks(range(len(names)), names)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def plot_experts(records: Sequence[Record], device: str, path: Path) -> None:
+    """Draws the time of forward, and of forward and backward, against the number of experts, and its bound.
+
+    Args:
+        records: Of `python -m benchmarks.layer`; those of the sweep that were timed with random routing are drawn.
+        device: What they were measured on.
+        path: The image file, replaced if it is there.
+    """
+    implementations = by_number_of_experts(records)
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    colours = dict(zip(implementations, (_OURS, *_PEERS), strict=False))
+    for axes, operation, label in zip(panels, ("forward", "both"), ("forward", "forward and backward"), strict=True):
+        for implementation, by_experts in implementations.items():
+            times = [record[operation]["ms_median"] for record in by_experts.values()]
+            colour = colours[implementation]
+            axes.plot(list(by_experts), times, "o-", color=colour, label=implementation)
+        if ours := implementations.get("jmoe"):
+            bounds = bounds_ms(ours, operation)
+            axes.plot(list(bounds), list(bounds.values()), "--", color="#333333", label="bound of jmoe")
+        experts = sorted({E for by_experts in implementations.values() for E in by_experts})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(experts, [str(E) for E in experts])
+        axes.set_xlabel("experts")
+        axes.set_ylabel(f"ms, {label}")
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    shape = next(iter(EXPERT_SWEEP.values()))
+    figure.suptitle(f"T {shape.T}, D {shape.D}, F {shape.F}, K {shape.K} on one {device}, bfloat16, random routing")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -2,8 +2,10 @@
 
 import argparse
 import datetime
+import fnmatch
 import functools
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -110,12 +112,15 @@ def open_results(
 
 
 def chosen[Name: str](parser: argparse.ArgumentParser, option: str, value: str, known: Iterable[Name]) -> list[Name]:
-    """Splits the value of an option at its commas; ends the program if a name is not among the known ones."""
+    """Reads the value of an option: names or patterns such as "E*", separated by commas.
+
+    It ends the program if one of these is or fits no known name.
+    """
     by_name = {str(name): name for name in known}
-    names = value.split(",")
-    if unknown := [name for name in names if name not in by_name]:
+    fitting = {pattern: fnmatch.filter(by_name, pattern) for pattern in value.split(",")}
+    if unknown := [pattern for pattern, names in fitting.items() if not names]:
         parser.error(f"{option}: there is no {unknown[0]!r}; there are {', '.join(by_name)}")
-    return [by_name[name] for name in names]
+    return [by_name[name] for name in dict.fromkeys(itertools.chain(*fitting.values()))]
 
 
 def new_process() -> Executor:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import peers
-from benchmarks.layers import CONFIGURATIONS, ROUTINGS
-from benchmarks.plots import plot_layers, timed_with_random_routing
+from benchmarks.experts import bounds_ms, by_number_of_experts
+from benchmarks.layers import CONFIGURATIONS, EXPERT_SWEEP, ROUTINGS
+from benchmarks.plots import plot_experts, plot_layers, timed_with_random_routing
 from benchmarks.record import RESULTS, Record
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -35,27 +36,43 @@ _REPRODUCE = """\
 python -m benchmarks.grouped_matmul
 python -m benchmarks.layer --routing random,zipf
 python -m benchmarks.layer --routing random,zipf --resume --peers
+python -m benchmarks.layer --only 'E*' --resume
 python -m benchmarks.memory
 python -m benchmarks.train_step
 python -m benchmarks.report
 ```
 
 Each program has `--help`, writes a result as soon as it has it, and goes on with a file by `--resume`. `--peers`
-measures other implementations too, those that can be imported, each in a process of its own. Matmuls and layers are
-timed only after their results were compared with float32.
+measures other implementations too, those that can be imported, each in a process of its own: `jax.lax.ragged_dot` and
+`tokamax` on JAX; grouped_mm, ScatterMoE (`fms-acceleration-moe`) and SonicMoE (`sonic-moe`) on PyTorch. Matmuls and
+layers are timed only after their results were compared with float32.
 """
 
 
 def newest(folder: Path) -> list[Record]:
-    """Reads the results; returns the newest of each program and device, ordered by these."""
+    """Reads the results; returns the newest of each program and device, ordered by these.
+
+    The layers that differ in the number of experts only are given as those of a program "experts".
+    """
     contents: dict[tuple[str, str], Record] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8")) | {"file": path.name}
         content["program"] = content["program"].rpartition(".")[2]
-        key = content["program"], content["hardware"]["device"]
-        if key not in contents or contents[key]["date"] < content["date"]:
-            contents[key] = content
+        for part in _parts(content):
+            key = part["program"], part["hardware"]["device"]
+            if part["records"] and (key not in contents or contents[key]["date"] < part["date"]):
+                contents[key] = part
     return [contents[key] for key in sorted(contents)]
+
+
+def _parts(content: Record) -> list[Record]:
+    """Takes the sweep of experts out of results of layers, and leaves out peers that could not be imported."""
+    if content["program"] != "layer":
+        return [content]
+    records = [record for record in content["records"] if "configuration" in record]
+    layers = [record for record in records if record["configuration"] not in EXPERT_SWEEP]
+    experts = [record for record in records if record["configuration"] in EXPERT_SWEEP]
+    return [content | {"records": layers}, content | {"program": "experts", "records": experts}]
 
 
 def make_page(contents: Sequence[Record]) -> str:
@@ -68,6 +85,7 @@ def make_page(contents: Sequence[Record]) -> str:
         _HEAD,
         _LAYER,
         *_each(of("layer"), _layer_tables),
+        *([_EXPERTS, *_each(of("experts"), _expert_tables)] if of("experts") else []),
         _MEMORY,
         *_each(_newest_memory(of("layer", "memory")), _memory_tables),
         _GROUPED_MATMUL,
@@ -80,9 +98,9 @@ def make_page(contents: Sequence[Record]) -> str:
 
 
 def image_path(content: Record) -> Path:
-    """Where the plot of a layer's results goes, relative to the page."""
+    """Where the plot of the results of layers or experts goes, relative to the page."""
     device = re.sub(r"[^a-z0-9]+", "-", content["hardware"]["device"].lower()).strip("-")
-    return IMAGES / f"layer-{device}.png"
+    return IMAGES / f"{content['program']}-{device}.png"
 
 
 _LAYER = """\
@@ -102,6 +120,15 @@ _OPERATIONS = "forward", "backward", "both"
 _BESIDE_LAYERS = """\
 Beside others, forward / backward / both, random routing. Their figures were measured once, on other machines of the
 kind; [`benchmarks/peers.py`](../benchmarks/peers.py) has the versions.
+"""
+
+_EXPERTS = """\
+## Time against the number of experts
+
+The operations of *olmoe*, spread over ever more experts: T 32768, D 2048, F 1024, K 8, random routing. *Bound* is the
+time at the speed that the fewest experts reach, or, if that is longer, the time in which the device copies as many
+bytes as are moved at least for the weights: forward reads them once; backward reads them again and writes their
+gradients. Times are in ms, speeds in TFLOP/s.
 """
 
 _MEMORY = """\
@@ -150,7 +177,7 @@ def _origin(content: Record) -> str:
 
 
 def _layer_tables(content: Record) -> list[str]:
-    records = sorted(_with_configuration(content), key=_layer_order)
+    records = sorted(content["records"], key=_layer_order)
     random = timed_with_random_routing(records)
     rows = []
     for record in records:
@@ -185,6 +212,26 @@ def _beside_layers(record: Record) -> list[str]:
     return [name, *(" / ".join(f"{part:.0f}" if part else "-" for part in tflops or ()) for tflops in (ours, *others))]
 
 
+def _expert_tables(content: Record) -> list[str]:
+    implementations = by_number_of_experts(content["records"])
+    ours = implementations.get("jmoe", {})
+    bounds = {operation: bounds_ms(ours, operation) for operation in ("forward", "both")}
+    rows = []
+    for by_experts in implementations.values():
+        for E, record in by_experts.items():
+            row = [str(E), _implementation(record)]
+            for operation, bound in bounds.items():
+                row.append(f"{record[operation]['ms_median']:.2f}")
+                row.append(f"{bound[E]:.2f}" if by_experts is ours else "")
+                row.append(f"{record[operation]['tflops']:.0f}")
+            rows.append(row)
+    head = "experts", "implementation", "forward", "bound", "TFLOP/s", "both", "bound", "TFLOP/s"
+    parts = [_table(head, rows, 2), *_failures(content["records"])]
+    if rows:
+        parts.append(f"![Time against the number of experts]({image_path(content).as_posix()})\n")
+    return parts
+
+
 def _newest_memory(contents: Sequence[Record]) -> list[Record]:
     """The newest results with memory of each device, whichever program made them."""
     by_device: dict[str, Record] = {}
@@ -201,7 +248,7 @@ def _memory_tables(content: Record) -> list[str]:
     # A layer's memory does not depend on the routing.
     records = {
         record["configuration"]: record
-        for record in _with_configuration(content)
+        for record in content["records"]
         if record["implementation"] == "jmoe" and "peak_mib" in record
     }
     beside = peers.MEMORY if content["hardware"]["device"] == peers.DEVICE else {}
@@ -272,11 +319,6 @@ def _train_step_tables(content: Record) -> list[str]:
     return parts
 
 
-def _with_configuration(content: Record) -> list[Record]:
-    """Leaves out peers that could not be imported."""
-    return [record for record in content["records"] if "configuration" in record]
-
-
 def _layer_order(record: Record) -> tuple[int, bool, str, int]:
     name, implementation = record["configuration"], record["implementation"]
     return _place(name), implementation != "jmoe", implementation, ROUTINGS.index(record["routing"])
@@ -323,6 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for content in contents:
         if content["program"] == "layer" and timed_with_random_routing(content["records"]):
             plot_layers(content["records"], content["hardware"]["device"], options.docs / image_path(content))
+        if content["program"] == "experts" and by_number_of_experts(content["records"]):
+            plot_experts(content["records"], content["hardware"]["device"], options.docs / image_path(content))
     page = options.docs / "performance.md"
     page.write_text(make_page(contents), encoding="utf-8")
     print(f"Written to {page}")

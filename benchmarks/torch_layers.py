@@ -1,31 +1,52 @@
-"""An MoE layer on PyTorch's grouped_mm, as the grouped mode of MegaBlocks computes it (arXiv 2211.15841)."""
+"""MoE layers on PyTorch: one way to check and time them all, and the one on grouped_mm."""
 
+import dataclasses
 import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from benchmarks.layers import Configuration, sample_tokens
+from benchmarks.layers import RESULTS, Configuration, sample_tokens
 from benchmarks.record import Record
 from benchmarks.timing import Variant
 
 _MIB = 2**20
 
 
+def _as_they_are(w_up: Any, w_down: Any) -> tuple[Any, Any]:
+    return w_up, w_down
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchFunction:
+    """How an implementation computes a layer; derivatives are autograd's.
+
+    Attributes:
+        layer: Computes y[T, D] from x[T, D], both weights as it wants them arranged, and logits[T, E].
+        arrange: Makes these weights of w_up[E, D, H] and w_down[E, F, D].
+        restore: The inverse of `arrange`, for weights and for their gradients.
+    """
+
+    layer: Callable[[Any, Any, Any, Any], Any]
+    arrange: Callable[[Any, Any], tuple[Any, Any]] = _as_they_are
+    restore: Callable[[Any, Any], tuple[Any, Any]] = _as_they_are
+
+
 class TorchLayer:
-    """Rows sorted by expert and copied, grouped_mm, activation, grouped_mm, weighted sum; derivatives by autograd.
+    """A layer with operands on torch's first device.
 
     Args:
         torch: The module, as `benchmarks.torch_matmuls.load_torch` gives it.
         configuration: The shapes.
+        function: What computes the layer.
         seed: Of the operands.
     """
 
-    def __init__(self, torch: types.ModuleType, configuration: Configuration, seed: int):
-        self._torch, self._configuration = torch, configuration
+    def __init__(self, torch: types.ModuleType, configuration: Configuration, function: TorchFunction, seed: int):
+        self._torch, self._configuration, self._function = torch, configuration, function
         self._on_gpu = torch.cuda.is_available()
         self._device = "cuda" if self._on_gpu else "cpu"
-        self._gather = _gather_function(torch)
         self._memory: Record = {}
         generator = torch.Generator(self._device).manual_seed(seed)
 
@@ -35,13 +56,14 @@ class TorchLayer:
 
         c = configuration
         self._x, self._dy = normal(c.T, c.D), normal(c.T, c.D)
-        self._w_up, self._w_down = (
+        weights = function.arrange(
             normal(c.E, c.D, c.up_columns, scale=c.D**-0.5),
             normal(c.E, c.F, c.D, scale=c.F**-0.5),
         )
+        self._weights = tuple(weight.contiguous() for weight in weights)
         self._dense = normal(c.num_rows, c.D), normal(c.D, c.up_columns)
         self._logits: Any = None
-        for parameter in (self._x, self._w_up, self._w_down):
+        for parameter in (self._x, *self._weights):
             parameter.requires_grad_()
 
     def route(self, logits: np.ndarray) -> None:
@@ -54,25 +76,24 @@ class TorchLayer:
         tokens = torch.from_numpy(sample_tokens(self._configuration)).long().to(self._device)
         expected = self._exact(tokens)
         dy = torch.zeros_like(self._dy).index_copy_(0, tokens, self._dy[tokens])
+        y = self._forward()[tokens]
+        self._both(dy)  # what is tuned or set up the first time is not to be counted as this layer's memory
 
         before = self._allocated()
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        y = self._layer()
-        kept = self._allocated() - before - y.nbytes
-        gradients = torch.autograd.grad(y, self._inputs, dy)
+        y_with_backward = self._layer()
+        kept = self._allocated() - before - y_with_backward.nbytes
+        gradients = torch.autograd.grad(y_with_backward, self._inputs, dy)
         if self._on_gpu:
             # Results are counted by the peak here, as nothing tells them from the rest.
             peak = torch.cuda.max_memory_allocated() - before
             self._memory = {"kept_mib": kept / _MIB, "peak_with_outputs_mib": peak / _MIB}
-        actual = {"y": y[tokens], "x": gradients[0], "w_up": gradients[1], "w_down": gradients[2]}
-        actual["logits"] = gradients[3]
-        for name in ("x", "logits"):
-            elsewhere_zero = torch.zeros(actual[name].shape, device=self._device)
-            expected[name] = elsewhere_zero.index_copy_(0, tokens, expected[name])
+        of_x, of_up, of_down, of_logits = gradients
+        actual = (y, y_with_backward[tokens], of_x, *self._function.restore(of_up, of_down), of_logits)
         errors = {}
-        for name, reference in expected.items():
-            difference = (actual[name].detach().float() - reference).norm()
+        for name, result, reference in zip(RESULTS, actual, expected, strict=True):
+            difference = (result.detach().float() - reference).norm()
             errors[name] = float(difference) / (float(reference.norm()) or 1)
         return errors, None
 
@@ -82,64 +103,46 @@ class TorchLayer:
 
     def variants(self) -> dict[str, Variant]:
         """What to time."""
-        torch = self._torch
         lhs, rhs = self._dense
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return self._layer()
-
-        def both() -> Any:
-            y = self._layer()
-            return y, torch.autograd.grad(y, self._inputs, self._dy)
-
-        calls = {"forward": forward, "both": both, "dense": lambda: lhs @ rhs}
+        calls = {"forward": self._forward, "both": lambda: self._both(self._dy), "dense": lambda: lhs @ rhs}
         for call in calls.values():
             call()  # nothing is slow for being the first time
         return {name: Variant(call, self._wait) for name, call in calls.items()}
 
     @property
     def _inputs(self) -> tuple[Any, ...]:
-        return self._x, self._w_up, self._w_down, self._logits
+        return self._x, *self._weights, self._logits
 
     def _layer(self) -> Any:
-        torch, c = self._torch, self._configuration
-        chosen, expert = self._logits.topk(c.K, dim=1)
-        weight = chosen.softmax(dim=1).to(torch.bfloat16)
-        sorted_expert, order = expert.flatten().sort(stable=True)
-        position = torch.empty_like(order)
-        position[order] = torch.arange(c.num_rows, device=self._device)
-        experts = torch.arange(c.E, device=self._device)
-        ends = torch.searchsorted(sorted_expert, experts, right=True, out_int32=True)
+        return self._function.layer(*self._inputs)
 
-        rows = self._gather(self._x, order // c.K, position)  # [R, D]
-        a = self._activate(self._grouped_mm(rows, self._w_up, ends))  # [R, F]
-        v = self._grouped_mm(a, self._w_down, ends)  # [R, D]
-        of_token = self._gather(v, position, order).view(c.T, c.K, c.D)
-        return torch.bmm(weight[:, None], of_token)[:, 0]
+    def _forward(self) -> Any:
+        with self._torch.no_grad():
+            return self._layer()
 
-    def _exact(self, tokens: Any) -> dict[str, Any]:
+    def _both(self, dy: Any) -> Any:
+        y = self._layer()
+        return y, self._torch.autograd.grad(y, self._inputs, dy)
+
+    def _exact(self, tokens: Any) -> tuple[Any, ...]:
+        """What `RESULTS` names, in float32."""
         torch, c = self._torch, self._configuration
-        inputs = [part.detach().float() for part in (self._x[tokens], self._w_up, self._w_down, self._logits[tokens])]
-        x, w_up, w_down, logits = (part.requires_grad_() for part in inputs)
+        operands = self._x[tokens], *self._function.restore(*self._weights), self._logits[tokens]
+        inputs = x, w_up, w_down, logits = [operand.detach().float().requires_grad_() for operand in operands]
         chosen, expert = logits.topk(c.K, dim=1)
         of_expert = torch.zeros_like(logits).scatter(1, expert, chosen.softmax(dim=1))
         y = torch.zeros_like(x)
-        for e in range(c.E):
-            y = y + of_expert[:, e, None] * (self._activate(x @ w_up[e]) @ w_down[e])
-        gradients = torch.autograd.grad(y, (x, w_up, w_down, logits), self._dy[tokens].float())
-        return dict(zip(("y", "x", "w_up", "w_down", "logits"), (y.detach(), *gradients), strict=True))
+        # Unbound, for each w_up[e] would have a gradient as large as that of all experts.
+        for up, down, weight in zip(w_up.unbind(), w_down.unbind(), of_expert.unbind(1), strict=True):
+            y = y + weight[:, None] * (activate(torch, c, x @ up) @ down)
+        of_x, of_up, of_down, of_logits = torch.autograd.grad(y, inputs, self._dy[tokens].float())
 
-    def _activate(self, h: Any) -> Any:
-        functional = self._torch.nn.functional
-        if self._configuration.activation == "gelu":
-            return functional.gelu(h, approximate="tanh")
-        gate, up = h.chunk(2, dim=1)
-        return functional.silu(gate) * up
+        def elsewhere_zero(of_sample: Any) -> Any:
+            zero = torch.zeros((c.T, of_sample.shape[1]), device=self._device)
+            return zero.index_copy_(0, tokens, of_sample)
 
-    def _grouped_mm(self, left: Any, right: Any, ends: Any) -> Any:
-        public = getattr(self._torch.nn.functional, "grouped_mm", None)
-        return (public or self._torch._grouped_mm)(left, right, offs=ends)
+        y = y.detach()
+        return y, y, elsewhere_zero(of_x), of_up, of_down, elsewhere_zero(of_logits)
 
     def _allocated(self) -> int:
         return self._torch.cuda.memory_allocated() if self._on_gpu else 0
@@ -147,6 +150,46 @@ class TorchLayer:
     def _wait(self, _: Any) -> None:
         if self._on_gpu:
             self._torch.cuda.synchronize()
+
+
+def grouped_mm_layer(torch: types.ModuleType, configuration: Configuration) -> TorchFunction:
+    """Rows sorted by expert and copied, grouped_mm, activation, grouped_mm, weighted sum.
+
+    So the grouped mode of MegaBlocks computes it (arXiv 2211.15841).
+    """
+    c = configuration
+    gather = _gather_function(torch)
+    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+
+    def layer(x: Any, w_up: Any, w_down: Any, logits: Any) -> Any:
+        weight, sorted_expert, order = route(configuration, logits)
+        position = torch.empty_like(order)
+        position[order] = torch.arange(c.num_rows, device=x.device)
+        experts = torch.arange(c.E, device=x.device)
+        ends = torch.searchsorted(sorted_expert, experts, right=True, out_int32=True)
+
+        rows = gather(x, order // c.K, position)  # [R, D]
+        a = activate(torch, c, grouped_mm(rows, w_up, offs=ends))  # [R, F]
+        v = grouped_mm(a, w_down, offs=ends)  # [R, D]
+        v_of_token = gather(v, position, order).view(c.T, c.K, c.D)
+        return torch.bmm(weight[:, None], v_of_token)[:, 0]
+
+    return TorchFunction(layer)
+
+
+def route(configuration: Configuration, logits: Any) -> tuple[Any, Any, Any]:
+    """Routes tokens: bfloat16 weights[T, K], the expert of each of R assignments in sorted order, and that order."""
+    chosen, expert = logits.topk(configuration.K, dim=1)
+    return chosen.softmax(dim=1).bfloat16(), *expert.flatten().sort(stable=True)
+
+
+def activate(torch: types.ModuleType, configuration: Configuration, h: Any) -> Any:
+    """Makes the hidden [rows, F] of the pre-activations [rows, H], of which a gated MLP has the gates first."""
+    functional = torch.nn.functional
+    if configuration.activation == "gelu":
+        return functional.gelu(h, approximate="tanh")
+    gate, up = h.chunk(2, dim=1)
+    return functional.silu(gate) * up
 
 
 def _gather_function(torch: types.ModuleType) -> Any:

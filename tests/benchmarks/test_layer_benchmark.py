@@ -1,4 +1,5 @@
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -7,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import layer, memory
-from benchmarks.jax_layers import RESULTS, CompiledLayer, JaxLayer, jmoe_layer, kept_bytes, lax_layer, plain_layer
+from benchmarks import layer, memory, sonicmoe_layer
+from benchmarks.jax_layers import CompiledLayer, JaxLayer, jmoe_layer, kept_bytes, lax_layer, plain_layer
 from benchmarks.layers import (
     CONFIGURATIONS,
+    EXPERT_SWEEP,
+    RESULTS,
     Configuration,
+    default_names,
     draw_logits,
     group_sizes,
     inclusion,
@@ -20,8 +24,8 @@ from benchmarks.layers import (
     sample_tokens,
     summarize_layer,
 )
+from benchmarks.record import chosen, make_parser
 from benchmarks.timing import Variant
-from benchmarks.torch_layers import TorchLayer
 
 SMALL = Configuration("small", T=600, D=16, F=8, E=6, K=2)
 
@@ -73,6 +77,7 @@ def test_the_program_measures_layers_and_continues_its_file(run_program, tmp_pat
         # The pre-activations, and integers and what the router keeps.
         assert 2 * 512 * 128 <= record["kept_mib"] * 2**20 < 2 * 2 * 512 * 128
         assert record["backend"] == "xla"
+        assert record["copy_gb_per_s"] > 0
 
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")  # the program changes it
     monkeypatch.setattr(layer, "new_process", lambda: ThreadPoolExecutor(1))
@@ -162,6 +167,9 @@ def test_the_backward_takes_what_both_take_beyond_the_forward():
     assert summary["dense"]["tflops"] == pytest.approx(up / 1e-3 / 1e12)
     assert summary["both"]["tflops"] == pytest.approx(3 * 1.5 * up / 6e-3 / 1e12)
     assert summary["both"]["ratio"] == pytest.approx(3 * 1.5 / 6)
+    assert "copy_gb_per_s" not in summary
+    summary = summarize_layer(seconds | {"copy": [1e-6, 2e-6, 9e-6]}, SMALL)
+    assert summary["copy_gb_per_s"] == pytest.approx(2 * (2 * 6 * 16 * 16) / 2e-6 / 1e9)
 
 
 def test_operations_are_counted_as_the_papers_count_them():
@@ -170,6 +178,19 @@ def test_operations_are_counted_as_the_papers_count_them():
     assert olmoe.flops("backward") == 2 * olmoe.flops("forward")
     assert dmoe.flops("both") == 3 * 4 * 65_536 * 512 * 2048
     assert olmoe.up_flops == 2 * olmoe.num_rows * 2048 * 2048
+
+
+def test_the_sweep_of_experts_changes_nothing_else_and_is_measured_on_demand_only():
+    assert [sweep.E for sweep in EXPERT_SWEEP.values()] == [8, 16, 32, 64, 128, 256, 512]
+    assert {sweep.flops("both") for sweep in EXPERT_SWEEP.values()} == {CONFIGURATIONS["olmoe"].flops("both")}
+    assert EXPERT_SWEEP["E64"].weight_bytes == 64 * 3 * 2048 * 1024 * 2
+    for platform in ("gpu", "cpu"):
+        assert not EXPERT_SWEEP.keys() & set(default_names(platform))
+    parser = make_parser("layer", None)
+    assert chosen(parser, "--only", "E*", CONFIGURATIONS) == list(EXPERT_SWEEP)
+    assert chosen(parser, "--only", "tiny,E?,t*y", CONFIGURATIONS) == ["tiny", "E8"]
+    with pytest.raises(SystemExit, match="2"):
+        chosen(parser, "--only", "tiny,F*", CONFIGURATIONS)
 
 
 @pytest.mark.parametrize(
@@ -256,12 +277,88 @@ def test_memory_is_recorded_without_running_anything(tmp_path, monkeypatch, caps
     assert json.loads(file.read_text())["records"] == [record]
 
 
-def test_pytorchs_layer_is_right():
-    torch = pytest.importorskip("torch")
-    for name in ("tiny", "tiny-gelu"):
-        configuration = CONFIGURATIONS[name]
-        layer = TorchLayer(torch, configuration, seed=0)
-        layer.route(draw_logits(configuration, "zipf", 0))
-        errors, _ = layer.check()
-        assert errors.keys() == {"y", "x", "w_up", "w_down", "logits"}
-        assert all(error < 1e-2 for error in errors.values())
+@pytest.mark.parametrize("implementation", ["torch_grouped_mm", "scattermoe", "sonicmoe"])
+def test_layers_on_pytorch_are_right(implementation):
+    platform = jax.default_backend()
+    if implementation != "torch_grouped_mm" and platform != "gpu":
+        pytest.skip("its kernels are for GPUs")
+    if reason := layer.why_not(implementation, platform):
+        pytest.skip(reason)
+    for name in ("tiny", "tiny-gelu")[: 1 if implementation == "sonicmoe" else 2]:
+        layer.prepare(implementation, name, platform)
+        [record] = layer.measure_configuration(implementation, name, ["zipf"], rounds=1, seed=0)
+        assert "failure" not in record
+        assert record["relative_error"].keys() == set(RESULTS)
+        assert all(error < 1e-2 for error in record["relative_error"].values())
+
+
+@pytest.fixture
+def invented_peers(tmp_path, monkeypatch):
+    """Packages that look like ScatterMoE's and SonicMoE's from outside."""
+    files = {
+        "fms_acceleration_moe/__init__.py": "import a_framework_for_fine_tuning",
+        "fms_acceleration_moe/utils/scattermoe_utils/khd/kernels/ops/__init__.py": "",
+        "fms_acceleration_moe-1.0.dist-info/METADATA": "Name: fms-acceleration-moe\nVersion: 1.0",
+        "sonicmoe/functional/__init__.py": "from . import backward, forward",
+        "sonicmoe/functional/forward.py": "def gemm(tuned=True):\n    return tuned\ngemm_gated = gemm",
+        "sonicmoe/functional/backward.py": "def gemm(tuned=True):\n    return tuned\ngemm_dgated = gemm",
+        "sonic_moe-2.0.dist-info/METADATA": "Name: sonic-moe\nVersion: 2.0",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    there = set(sys.modules)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(layer, "load_torch", lambda platform: "torch")
+    yield
+    for name in [name for name in sys.modules if name not in there]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(("implementation", "version"), [("scattermoe", "1.0"), ("sonicmoe", "2.0")])
+def test_peers_on_pytorch_are_chosen_by_name(implementation, version, invented_peers, monkeypatch):
+    def measured(made, configuration, routing, *, implementation, **_):
+        torch, of, function, seed = made
+        assert (torch, of, configuration, seed) == ("torch", SMALL, SMALL, 3)
+        assert function.layer.__module__ == f"benchmarks.{implementation}_layer"
+        return {"routing": routing}
+
+    monkeypatch.setitem(CONFIGURATIONS, "small", SMALL)
+    monkeypatch.setattr(layer, "TorchLayer", lambda *arguments: arguments)
+    monkeypatch.setattr(layer, "measure", measured)
+    assert layer.why_not(implementation, "gpu") is None
+    layer.prepare(implementation, "small", "gpu")
+    records = layer.measure_configuration(implementation, "small", ["random", "zipf"], rounds=1, seed=3)
+    assert records == [{"routing": routing, "peer_version": version} for routing in ("random", "zipf")]
+
+
+@pytest.mark.parametrize("implementation", ["scattermoe", "sonicmoe"])
+def test_peers_that_are_not_there_are_named(implementation, monkeypatch):
+    monkeypatch.setattr(layer, "load_torch", lambda platform: "torch")
+    for package in ("fms_acceleration_moe", "sonicmoe"):
+        monkeypatch.setitem(sys.modules, package, None)
+    reason = layer.why_not(implementation, "gpu")
+    assert reason is not None
+    assert reason.startswith("not importable: ModuleNotFoundError")
+    assert {"scattermoe": "fms_acceleration_moe", "sonicmoe": "sonicmoe"}[implementation] in reason
+
+
+def test_sonicmoe_is_not_tuned_and_says_that_it_has_no_plain_mlps(invented_peers):
+    functional = sonicmoe_layer.load_sonicmoe()
+    for run in (functional.forward.gemm_gated, functional.backward.gemm_dgated, functional.backward.gemm):
+        assert run() is False
+    with pytest.raises(NotImplementedError, match="not supported by SonicMoE, whose MLPs are gated: gelu"):
+        layer.prepare("sonicmoe", "tiny-gelu", "gpu")
+
+
+def test_weights_are_arranged_for_sonicmoe_and_back():
+    E, D, F = 3, 4, 5
+    w_up = np.arange(E * D * 2 * F).reshape(E, D, 2 * F)
+    w_down = np.arange(E * F * D).reshape(E, F, D)
+    up, down = sonicmoe_layer.arrange(w_up, w_down)
+    for i in range(F):
+        assert np.array_equal(up[:, 2 * i], w_up[:, :, i])
+        assert np.array_equal(up[:, 2 * i + 1], w_up[:, :, F + i])
+    assert np.array_equal(down, w_down.transpose(0, 2, 1))
+    for restored, weights in zip(sonicmoe_layer.restore(up, down), (w_up, w_down), strict=True):
+        assert np.array_equal(restored, weights)

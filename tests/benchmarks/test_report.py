@@ -1,6 +1,7 @@
 import json
 
 from benchmarks import peers, report
+from benchmarks.layers import EXPERT_SWEEP
 from benchmarks.plots import plot_layers
 from benchmarks.record import RESULTS
 
@@ -31,6 +32,7 @@ def _layer(configuration, tflops, **more):
 
 
 def _page(tmp_path, *contents):
+    tmp_path.mkdir(exist_ok=True)
     for number, content in enumerate(contents):
         (tmp_path / f"{number}.json").write_text(json.dumps(content))
     return report.make_page(report.newest(tmp_path))
@@ -93,6 +95,49 @@ def test_only_the_newest_results_of_a_program_and_device_are_shown(tmp_path):
     assert page.count("558 / 521 / 533") == 1
 
 
+def _sweep(E, forward, **more):
+    def timed(ms, flops):
+        return {"ms_median": ms, "tflops": flops / ms / 1e9, "ratio": 0.5}
+
+    configuration = EXPERT_SWEEP[f"E{E}"]
+    parts = {"forward": forward, "backward": 2 * forward, "both": 3 * forward}
+    parts = {name: timed(ms, configuration.flops(name)) for name, ms in parts.items()}
+    return _layer(configuration.name, 1, E=E) | parts | more
+
+
+def test_time_against_experts_stands_beside_its_bound(tmp_path):
+    failure = {
+        "configuration": "E256",
+        "routing": "random",
+        "implementation": "scattermoe",
+        "failure": "its process died",
+    }
+    swept = [
+        _sweep(512, 9.0, copy_gb_per_s=1000.0),
+        _sweep(64, 5.5, copy_gb_per_s=9000.0),
+        _sweep(8, 5.0),
+        _sweep(8, 4.0, routing="zipf"),
+        _sweep(64, 11.0, implementation="scattermoe", peer_version="0.4.6"),
+        failure,
+    ]
+    older = _content("layer", [_layer("olmoe", 600)])
+    page = _page(tmp_path, older, _content("layer", swept, date="2026-01-03T00:00:00+00:00"))
+    section = page.partition("## Time against the number of experts")[2].partition("\n## ")[0]
+    # Of 512 experts the weights have 6.4 GB.
+    assert [line for line in section.splitlines() if line.startswith(("| 8", "| 64", "| 512"))] == [
+        "| 8 | jmoe | 5.00 | 5.00 | 660 | 15.00 | 15.00 | 660 |",
+        "| 64 | jmoe | 5.50 | 5.00 | 600 | 16.50 | 15.00 | 600 |",
+        "| 512 | jmoe | 9.00 | 6.44 | 367 | 27.00 | 19.33 | 367 |",
+        "| 64 | scattermoe 0.4.6 | 11.00 |  | 300 | 33.00 |  | 300 |",
+    ]
+    assert "- E256, random, scattermoe: `its process died`" in section
+    assert "(images/experts-nvidia-h100-80gb-hbm3.png)" in section
+    # A newer sweep takes no other layer's place.
+    assert "| olmoe | random | jmoe | 600 |" in page
+    assert "| E64 |" not in page
+    assert "number of experts" not in _page(tmp_path / "no", older)
+
+
 def test_memory_is_that_of_the_newer_program(tmp_path):
     memory = {"peak_mib": 9.0, "output_mib": 1.0}
     old = _content("memory", [{"configuration": "olmoe", "implementation": "jmoe", "kept_mib": 5.0, **memory}])
@@ -132,13 +177,16 @@ def test_without_results_the_page_says_so(tmp_path):
 def test_the_program_writes_the_page_and_the_images(tmp_path):
     results = tmp_path / "results"
     results.mkdir()
-    (results / "layer.json").write_text(json.dumps(_content("layer", [_layer("olmoe", 600), _layer("dMoE-XS", 300)])))
+    records = [_layer("olmoe", 600), _layer("dMoE-XS", 300), _sweep(8, 5.0), _sweep(16, 5.1)]
+    (results / "layer.json").write_text(json.dumps(_content("layer", records)))
     docs = tmp_path / "docs"
     docs.mkdir()
     assert report.main(["--results", str(results), "--docs", str(docs)]) == 0
     assert (docs / "performance.md").read_text() == report.make_page(report.newest(results))
     image = docs / "images" / "layer-nvidia-h100-80gb-hbm3.png"
     assert image.read_bytes().startswith(b"\x89PNG")
+    experts = docs / "images" / "experts-nvidia-h100-80gb-hbm3.png"
+    assert experts.read_bytes().startswith(b"\x89PNG")
     # Others' figures are of one kind of device only.
     plot_layers([_layer("olmoe", 600)], "NVIDIA H200", tmp_path / "h200.png")
     assert (tmp_path / "h200.png").stat().st_size < image.stat().st_size
