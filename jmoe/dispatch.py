@@ -13,6 +13,7 @@ from jmoe.debug import check
 from jmoe.routing import ABSENT, Assignments, Routing, count_assignments, is_present
 
 _MOST_COMPARED = 4096  # assignments
+type _Sorted = tuple[Int32[Array, " R"], Int32[Array, " R"], Int32[Array, " R"], Int32[Array, "T K"]]
 
 
 @no_type_check  # JAX also builds pytrees of other shapes and of things that are no arrays
@@ -83,36 +84,39 @@ def make_dispatch(routing: Routing | Assignments, num_experts: int) -> Dispatch:
         high=routing.expert_index.max(initial=0),
     )
 
-    shape = routing.expert_index.shape
-    expert_index = jnp.where(present, routing.expert_index, num_experts).astype(jnp.int32).ravel()
-    if expert_index.size <= _MOST_COMPARED:
-        # A choice of the platform that is compiled for, which may not be the one that traces.
-        sort = functools.partial(lax.platform_dependent, cpu=_sort, default=_sort_by_comparing)
-    else:
-        sort = _sort
-    sorted_index, order, position = sort(expert_index)
-    position = position.reshape(shape)
+    group_sizes = count_assignments(routing.expert_index, num_experts)
+    expert_index = jnp.where(present, routing.expert_index, num_experts).astype(jnp.int32)
+    few = expert_index.size <= _MOST_COMPARED
+    # What compares well depends on the platform that is compiled for, which may not be the one that traces.
+    sort = functools.partial(lax.platform_dependent, cpu=_sort, default=_sort_by_comparing) if few else _sort
     if isinstance(routing, Routing):
-        token_index, slot = jnp.divmod(order, shape[1])
+        sorted_index, token_index, slot, position = sort(expert_index)
     else:
-        token_index, slot = routing.token_index.astype(jnp.int32)[order], order
-    return Dispatch(token_index, slot, sorted_index, position, count_assignments(expert_index, num_experts))
+        sorted_index, slot, _, position = sort(expert_index[:, None])
+        token_index, position = routing.token_index.astype(jnp.int32)[slot], position[:, 0]
+    return Dispatch(token_index, slot, sorted_index, position, group_sizes)
 
 
-def _sort(keys: Int32[Array, " R"]) -> tuple[Int32[Array, " R"], ...]:
-    """Sorts stably; returns the keys in order, which key comes at each place, and the place of each key."""
+def _sort(keys: Int32[Array, "T K"]) -> _Sorted:
+    """Sorts stably. Returns the keys in order, the row and the column of each in `keys`, and the place of each key."""
     index = jnp.arange(keys.size, dtype=jnp.int32)
-    sorted_keys, order = lax.sort((keys, index), num_keys=1, is_stable=True)
-    return sorted_keys, order, jnp.zeros_like(order).at[order].set(index, unique_indices=True)
+    sorted_keys, order = lax.sort((keys.ravel(), index), num_keys=1, is_stable=True)
+    place = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
+    return sorted_keys, *jnp.divmod(order, keys.shape[1]), place.reshape(keys.shape)
 
 
-def _sort_by_comparing(keys: Int32[Array, " R"]) -> tuple[Int32[Array, " R"], ...]:
-    """The same by comparing each key with each: for few keys one small kernel on a GPU, where a sort is many."""
-    index = jnp.arange(keys.size, dtype=jnp.int32)
-    is_before = (keys < keys[:, None]) | ((keys == keys[:, None]) & (index < index[:, None]))
-    position = jnp.sum(is_before, axis=1, dtype=jnp.int32)
-    order = jnp.sum(jnp.where(position == index[:, None], index, 0), axis=1, dtype=jnp.int32)
-    return keys[order], order, position
+def _sort_by_comparing(keys: Int32[Array, "T K"]) -> _Sorted:
+    """The same by comparing each key with each: for few keys a small kernel or two on a GPU, where a sort is many."""
+    key, index = keys.ravel(), jnp.arange(keys.size, dtype=jnp.int32)
+    is_before = (key < key[:, None]) | ((key == key[:, None]) & (index < index[:, None]))
+    place = jnp.sum(is_before, axis=1, dtype=jnp.int32)
+    is_here = place == index[:, None]
+
+    def in_order(x: Int32[Array, " R"]) -> Int32[Array, " R"]:
+        return jnp.sum(jnp.where(is_here, x, 0), axis=1, dtype=jnp.int32)
+
+    row, column = jnp.divmod(index, keys.shape[1])
+    return in_order(key), in_order(row), in_order(column), place.reshape(keys.shape)
 
 
 def check_routing(routing: Routing | Assignments) -> None:

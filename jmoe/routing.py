@@ -173,5 +173,6 @@ def is_present(expert_index: Int[Array, "..."], num_experts: int) -> Bool[Array,
 
 def count_assignments(expert_index: Int[Array, "..."], num_experts: int) -> Int32[Array, " E"]:
     """Counts the assignments of each expert."""
-    experts = jnp.arange(num_experts, dtype=expert_index.dtype)
-    return jnp.sum(expert_index.reshape(-1, 1) == experts, axis=0, dtype=jnp.int32)
+    dtype = jnp.promote_types(expert_index.dtype, jnp.int32)  # which has room for the number of experts
+    experts = jnp.arange(num_experts, dtype=dtype)
+    return jnp.sum(expert_index.astype(dtype).reshape(-1, 1) == experts, axis=0, dtype=jnp.int32)

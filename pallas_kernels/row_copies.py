@@ -36,7 +36,7 @@ class RowCopies:
 
     Attributes:
         source: [N, columns] of global memory.
-        index: int32[M] of global memory. A number outside [0, N) reads some row of the source.
+        index: int32[M] of global memory, clipped to [0, N).
         arrived: shared memory made by `scratch`: one barrier for each slot of the ring.
         num_slots: the length of the ring.
     """
@@ -120,7 +120,7 @@ class RowCopies:
                     arith.cmpi(arith.CmpIPredicate.sge, own_place, begin),
                     arith.cmpi(arith.CmpIPredicate.slt, own_place, end),
                 )
-                row = arith.minui(row, mgpu.c(last, i32))
+                row = arith.minsi(arith.maxsi(row, mgpu.c(0, i32)), mgpu.c(last, i32))
                 first_piece = arith.addi(arith.muli(row, mgpu.c(row_pieces, i32)), piece)
                 pieces.append(arith.select(wanted, first_piece, mgpu.c(-1, i32)))
             return _pack(pieces, out)

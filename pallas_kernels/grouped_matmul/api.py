@@ -265,7 +265,7 @@ def _run(
             index = indices[i]
             others = any(other is not None for other in indices[:i])
             if index is not None and (not gathers or others or operands[i].nbytes > MAX_BYTES):
-                operands[i], indices[i] = operands[i][index], None
+                operands[i], indices[i] = operands[i][_clip_index(index, operands[i])], None
         if gathers:
             return _BACKENDS[name][operation](*operands, group_sizes, *indices, **static)
         return _BACKENDS[name][operation](*operands, group_sizes, **static)
@@ -277,7 +277,7 @@ def _to_sources(rows: Array, index: Array | None, sources: Array) -> Array:
     """Takes the gradient of gathered rows to where they came from."""
     if index is None:
         return rows
-    return sum_rows(rows, index, sources.shape[0]).astype(sources.dtype)
+    return sum_rows(rows, _clip_index(index, sources), sources.shape[0]).astype(sources.dtype)
 
 
 def _num_rows(matrix: Array, index: Array | None) -> int:
@@ -292,8 +292,12 @@ def _check_index(name: str, matrix: Array, index: Any) -> Array | None:
         raise ValueError(f"{name}_index is {_describe(index)}; it must be a vector of integers, [M].")
     if index.size and not matrix.shape[0]:
         raise ValueError(f"{name} has no rows and {name}_index {index.size}; there must be some to choose from.")
-    # Before the cast, which could wrap around; and here once, since negative numbers count from the end elsewhere.
-    return jnp.clip(index, 0, max(matrix.shape[0] - 1, 0)).astype(jnp.int32)
+    # What a cast could wrap around is clipped before it, and the rest where it is used.
+    return index if index.dtype == jnp.int32 else _clip_index(index, matrix).astype(jnp.int32)
+
+
+def _clip_index(index: Array, matrix: Array) -> Array:
+    return jnp.clip(index, 0, max(matrix.shape[0] - 1, 0))
 
 
 def _describe(array: Array) -> str:

@@ -143,8 +143,8 @@ def grouped_matmul(
 
                 lax.fori_loop(0, k_steps, load_step, jnp.int32(0))
 
-            def load_tile(i, carry):
-                group, start, _, column_block = tile_at(i)
+            def load_tile(i, tile):
+                group, start, _, column_block = tile
                 own_rows = pl.ds(first_row_read(start), block_m)
 
                 def load_rows(column, slot):
@@ -152,7 +152,7 @@ def grouped_matmul(
                     plgpu.copy_gmem_to_smem(a, a_s.at[slot], full.at[slot])
 
                 load_steps(i, group, column_block, load_rows)
-                return carry
+                return tile_at(i + 1)
 
             def gather_tiles(rows_of):
                 def index_of(tile):
@@ -175,7 +175,7 @@ def grouped_matmul(
                 lax.fori_loop(0, own_tiles, gather_tile, (first, index_of(first), tile_at(1)))
 
             if rows_of is None:
-                lax.fori_loop(0, own_tiles, load_tile, jnp.int32(0))
+                lax.fori_loop(0, own_tiles, load_tile, tile_at(0))
             else:
                 gather_tiles(rows_of)
             ring.drain(own_tiles * k_steps)

@@ -149,20 +149,22 @@ def grouped_weight_gradient(
                 return step + steps
 
             def gather_tiles(rows_of):
-                def first_index_of(bounds):
-                    return rows_of.read(steps_of(*bounds)[0], block_m)
+                def index_of(bounds, m):
+                    return rows_of.read(steps_of(*bounds)[0] + m * block_m, block_m)
 
                 def gather_tile(i, carry):
-                    step, (begin, end), first_index, upcoming = carry
+                    step, bounds, index, upcoming = carry
                     row, column = own_columns(i)
-                    window, steps = steps_of(begin, end)
-                    # What the next tiles need is read now, so that nothing waits for it.
-                    upcoming_index, after_upcoming = first_index_of(upcoming), bounds_of(i + 2)
+                    window, steps = steps_of(*bounds)
+                    # What the next tiles need is read now, and the numbers of rows two steps ahead, so that nothing
+                    # waits for it: blocks that work on one group ask for them at the same time, and all for the first.
+                    upcoming_index, after_upcoming = (index_of(upcoming, 0), index_of(upcoming, 1)), bounds_of(i + 2)
 
                     def load_step(m, index):
                         first = pl.multiple_of(window + m * block_m, hopper.TMA_ROWS)
-                        next_index = rows_of.read(first + block_m, block_m)
-                        pieces = rows_of.locate(index, first, begin, end, block_m)
+                        now, ahead = index
+                        far_ahead = index_of(bounds, m + 2)
+                        pieces = rows_of.locate(now, first, *bounds, block_m)
                         ring.wait_for_room(step + m)
                         slot = ring.slot(step + m)
                         rows = pl.ds(first, block_m)
@@ -174,13 +176,13 @@ def grouped_weight_gradient(
                             a = lhs.at[rows, pl.ds(row, block_k)]
                             plgpu.copy_gmem_to_smem(a, a_s.at[slot], full.at[slot])
                             rows_of.copy(pieces, column, b_s.at[slot], slot)
-                        return next_index
+                        return ahead, far_ahead
 
-                    lax.fori_loop(0, steps, load_step, first_index)
+                    lax.fori_loop(0, steps, load_step, index)
                     return step + steps, upcoming, upcoming_index, after_upcoming
 
                 first = bounds_of(0)
-                carry = jnp.int32(0), first, first_index_of(first), bounds_of(1)
+                carry = jnp.int32(0), first, (index_of(first, 0), index_of(first, 1)), bounds_of(1)
                 num_steps, *_ = lax.fori_loop(0, own_tiles, gather_tile, carry)
                 return num_steps
 

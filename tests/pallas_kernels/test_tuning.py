@@ -173,7 +173,7 @@ def test_the_configuration_that_is_best_over_both_distributions_is_kept(h100):
 
 
 def test_every_candidate_that_lowers_and_runs_is_timed_with_both_distributions(monkeypatch):
-    small = dataclasses.replace(TASK, m=64, k=64, n=64, num_groups=2)
+    small = dataclasses.replace(TASK, m=256, k=64, n=64, num_groups=2)
     unfit = dataclasses.replace(small.rule, num_stages=3)
 
     def run(task, config, first, second, group_sizes):
