@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks import peers, prose
 from benchmarks.experts import bounds_ms, by_number_of_experts
 from benchmarks.layers import CONFIGURATIONS, EXPERT_SWEEP, ROUTINGS
-from benchmarks.plots import plot_experts, plot_layers, timed_with_random_routing
+from benchmarks.plots import plot_experts, plot_generation, plot_layers, timed_with_random_routing
 from benchmarks.record import RESULTS, Record
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -58,6 +58,7 @@ def make_page(contents: Sequence[Record]) -> str:
         prose.LAYER,
         *_each(of("layer"), _layer_tables),
         *([prose.EXPERTS, *_each(of("experts"), _expert_tables)] if of("experts") else []),
+        *([prose.GENERATION, *_each(of("generation"), _generation_tables)] if of("generation") else []),
         prose.MEMORY,
         *_each(_newest_memory(of("layer", "memory")), _memory_tables),
         prose.GROUPED_MATMUL,
@@ -70,7 +71,7 @@ def make_page(contents: Sequence[Record]) -> str:
 
 
 def image_path(content: Record) -> Path:
-    """Where the plot of the results of layers or experts goes, relative to the page."""
+    """Where the plot of a program's results goes, relative to the page."""
     device = re.sub(r"[^a-z0-9]+", "-", content["hardware"]["device"].lower()).strip("-")
     return IMAGES / f"{content['program']}-{device}.png"
 
@@ -142,6 +143,34 @@ def _expert_tables(content: Record) -> list[str]:
     parts = [_table(head, rows, 2), *_failures(content["records"])]
     if rows:
         parts.append(f"![Time against the number of experts]({image_path(content).as_posix()})\n")
+    return parts
+
+
+def _generation_tables(content: Record) -> list[str]:
+    records = sorted(content["records"], key=lambda record: (_place(record["configuration"]), record["T"]))
+    rows = []
+    for record in records:
+        names = record["configuration"], str(record["T"])
+        if "failure" in record:
+            rows.append((*names, *"-------"))
+            continue
+        rows.append(
+            (
+                *names,
+                str(record["layers"]),
+                f"{record['experts']:.1f}",
+                f"{record['bytes'] / 1e6:,.1f}",
+                f"{record['us_median']:,.1f}",
+                f"{record['gb_per_s']:,.0f}",
+                f"{record['copy_gb_per_s']:,.0f}",
+                f"{record['of_copy']:.3f}",
+            )
+        )
+    head = "", "tokens", "layers", "experts", "MB", "us", "GB/s", "copy", "of copy"
+    of_tokens = [record | {"configuration": f"{record['configuration']} with T {record['T']}"} for record in records]
+    parts = [_table(head, rows, 1), *_failures(of_tokens)]
+    if _is_timed(records):
+        parts.append(f"![Share of the rate of a copy against the number of tokens]({image_path(content).as_posix()})\n")
     return parts
 
 
@@ -252,6 +281,10 @@ def _error(record: Record) -> str:
     return f"{max(ratios):.2f}" if ratios else ""
 
 
+def _is_timed(records: Sequence[Record]) -> bool:
+    return any("failure" not in record for record in records)
+
+
 def _failures(records: Sequence[Record]) -> list[str]:
     lines = []
     for record in records:
@@ -280,6 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plot_layers(content["records"], content["hardware"]["device"], options.docs / image_path(content))
         if content["program"] == "experts" and by_number_of_experts(content["records"]):
             plot_experts(content["records"], content["hardware"]["device"], options.docs / image_path(content))
+        if content["program"] == "generation" and _is_timed(content["records"]):
+            plot_generation(content["records"], content["hardware"]["device"], options.docs / image_path(content))
     page = options.docs / "performance.md"
     page.write_text(make_page(contents), encoding="utf-8")
     print(f"Written to {page}")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import jmoe
-from benchmarks import generation
+from benchmarks import generation, report
 from benchmarks.generation import ELSEWHERE, ON_GPU, measure, summarize_stack
 from benchmarks.layers import CONFIGURATIONS, Configuration
+from benchmarks.plots import plot_generation
 from benchmarks.stacks import MAX_BYTES, Plain, Stack, draw_experts, draw_weights
 
 SMALL = Configuration("small", T=3, D=16, F=8, E=6, K=2)
@@ -202,3 +203,57 @@ def test_a_layer_is_lowered_once_however_many_there_are(monkeypatch):
     monkeypatch.setattr(jmoe, "moe_mlp", moe_mlp)
     _stack()
     assert traced == [(3, 16)]
+
+
+def _record(configuration, T, of_copy, **more):
+    return {
+        "configuration": configuration,
+        "T": T,
+        "implementation": "jmoe",
+        "commit": "0123abc",
+        "layers": 4,
+        "experts": 5.25,
+        "bytes": 1.2e9,
+        "us_median": 1234.56,
+        "gb_per_s": 2500 * of_copy,
+        "copy_gb_per_s": 2500.0,
+        "of_copy": of_copy,
+        **more,
+    }
+
+
+def test_the_report_shows_few_tokens_where_they_were_measured(tmp_path):
+    failed = {"configuration": "olmoe", "T": 2, "implementation": "jmoe", "failure": "out of memory: asks for much"}
+    records = [_record("mixtral", 1, 0.7), _record("olmoe", 16, 0.8), failed, _record("olmoe", 1, 0.62)]
+    content = {
+        "program": "python -m benchmarks.generation",
+        "date": "2026-01-02T00:00:00+00:00",
+        "hardware": {"device": "NVIDIA H100 80GB HBM3"},
+        "versions": {"jax": "0.11.2"},
+        "records": records,
+    }
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    results.mkdir()
+    docs.mkdir()
+    assert report.main(["--results", str(results), "--docs", str(docs)]) == 0
+    assert "few tokens" not in (docs / "performance.md").read_text()
+
+    (results / "generation.json").write_text(json.dumps(content))
+    assert report.main(["--results", str(results), "--docs", str(docs)]) == 0
+    page = (docs / "performance.md").read_text()
+    section = page.partition("## Generation: few tokens")[2].partition("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith(("| olmoe", "| mixtral"))] == [
+        "| olmoe | 1 | 4 | 5.2 | 1,200.0 | 1,234.6 | 1,550 | 2,500 | 0.620 |",
+        "| olmoe | 2 | - | - | - | - | - | - | - |",
+        "| olmoe | 16 | 4 | 5.2 | 1,200.0 | 1,234.6 | 2,000 | 2,500 | 0.800 |",
+        "| mixtral | 1 | 4 | 5.2 | 1,200.0 | 1,234.6 | 1,750 | 2,500 | 0.700 |",
+    ]
+    assert "- olmoe with T 2, jmoe: `out of memory: asks for much`" in section
+    assert "(images/generation-nvidia-h100-80gb-hbm3.png)" in section
+    image = docs / "images" / "generation-nvidia-h100-80gb-hbm3.png"
+    assert image.read_bytes().startswith(b"\x89PNG")
+    plot_generation([_record("tiny", 4, 0.5)], "cpu", tmp_path / "cpu.png")
+    assert (tmp_path / "cpu.png").exists()
+
+    (results / "generation.json").write_text(json.dumps(content | {"records": [failed]}))
+    assert "images/generation" not in report.make_page(report.newest(results))
