@@ -1,7 +1,7 @@
 """Measures the layer for few tokens, as in generation: how near it comes to the time of reading its weights.
 
-`python -m benchmarks.generation` takes about two minutes on one H100, most of it compilation. Without a GPU it
-measures small layers on XLA: that the program works, not what a GPU does.
+Most of what `python -m benchmarks.generation` takes is compilation. Without a GPU it measures small layers on XLA:
+that the program works, not what a GPU does.
 """
 
 import argparse
