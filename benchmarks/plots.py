@@ -1,5 +1,6 @@
-"""Draws the speed of whole layers, this project's beside others', and their time against the number of experts."""
+"""Draws the speed of whole layers: beside others', against the number of experts, and for few tokens."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from benchmarks.record import Record
 # Blue for ours; the others told apart by every kind of colour vision, and in print.
 _OURS = "#4477AA"
 _PEERS = ("#EE7733", "#BBBBBB", "#777777", "#CCBB44", "#AA3377")
+
+# What the layer is to reach for few tokens, of the rate of a copy.
+_GOAL, _GOAL_FOR_ONE_TOKEN = 0.75, 0.6
 
 
 def plot_layers(records: Sequence[Record], device: str, path: Path) -> None:
@@ -80,6 +84,39 @@ def plot_experts(records: Sequence[Record], device: str, path: Path) -> None:
     figure.suptitle(f"T {shape.T}, D {shape.D}, F {shape.F}, K {shape.K} on one {device}, bfloat16, random routing")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def plot_generation(records: Sequence[Record], device: str, path: Path) -> None:
+    """Draws how near each configuration comes to the rate of a copy, against the number of tokens, and the goal.
+
+    Args:
+        records: Of `python -m benchmarks.generation`; those that were timed are drawn.
+        device: What they were measured on.
+        path: The image file, replaced if it is there.
+    """
+    timed = sorted((record for record in records if "failure" not in record), key=lambda record: record["T"])
+    names = [name for name in CONFIGURATIONS if any(record["configuration"] == name for record in timed)]
+    tokens = sorted({record["T"] for record in timed})
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, colour in zip(names, itertools.cycle((_OURS, *_PEERS))):
+        of_name = [record for record in timed if record["configuration"] == name]
+        shares = [100 * record["of_copy"] for record in of_name]
+        axes.plot([record["T"] for record in of_name], shares, "o-", color=colour, label=name)
+    axes.axhline(100 * _GOAL, linestyle="--", color="#333333", label=f"goal, {_GOAL:.0%}")
+    if 1 in tokens:
+        goal = f"goal for one token, {_GOAL_FOR_ONE_TOKEN:.0%}"
+        axes.plot([1], [100 * _GOAL_FOR_ONE_TOKEN], "_", markersize=24, markeredgewidth=2, color="#333333", label=goal)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [str(T) for T in tokens])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("% of the rate of a copy")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"Reading the chosen experts' weights on one {device}, bfloat16", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -9,44 +9,16 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import peers
+from benchmarks import peers, prose
 from benchmarks.experts import bounds_ms, by_number_of_experts
 from benchmarks.layers import CONFIGURATIONS, EXPERT_SWEEP, ROUTINGS
-from benchmarks.plots import plot_experts, plot_layers, timed_with_random_routing
+from benchmarks.plots import plot_experts, plot_generation, plot_layers, timed_with_random_routing
 from benchmarks.record import RESULTS, Record
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = Path("images")
 
-_HEAD = """\
-# Performance
-
-This page is made by `python -m benchmarks.report` from the newest file of each program and device in
-[`benchmarks/results/`](../benchmarks/results). A file tells the hardware, the versions and the method, and has what is
-left out here: medians with their extremes, relative errors, each implementation that was measured.
-
-Machines of one kind differ by several percent, and so does one machine from day to day. So compare figures of one run,
-or ratios to the dense matmuls that each run times beside its own.
-"""
-
-_REPRODUCE = """\
-## How to reproduce
-
-```bash
-python -m benchmarks.grouped_matmul
-python -m benchmarks.layer --routing random,zipf
-python -m benchmarks.layer --routing random,zipf --resume --peers
-python -m benchmarks.layer --only 'E*' --resume
-python -m benchmarks.memory
-python -m benchmarks.train_step
-python -m benchmarks.report
-```
-
-Each program has `--help`, writes a result as soon as it has it, and goes on with a file by `--resume`. `--peers`
-measures other implementations too, those that can be imported, each in a process of its own: `jax.lax.ragged_dot` and
-`tokamax` on JAX; grouped_mm, ScatterMoE (`fms-acceleration-moe`) and SonicMoE (`sonic-moe`) on PyTorch. Matmuls and
-layers are timed only after their results were compared with float32.
-"""
+_OPERATIONS = "forward", "backward", "both"
 
 
 def newest(folder: Path) -> list[Record]:
@@ -82,84 +54,26 @@ def make_page(contents: Sequence[Record]) -> str:
         return [content for content in contents if content["program"] in programs]
 
     parts = [
-        _HEAD,
-        _LAYER,
+        prose.HEAD,
+        prose.LAYER,
         *_each(of("layer"), _layer_tables),
-        *([_EXPERTS, *_each(of("experts"), _expert_tables)] if of("experts") else []),
-        _MEMORY,
+        *([prose.EXPERTS, *_each(of("experts"), _expert_tables)] if of("experts") else []),
+        *([prose.GENERATION, *_each(of("generation"), _generation_tables)] if of("generation") else []),
+        prose.MEMORY,
         *_each(_newest_memory(of("layer", "memory")), _memory_tables),
-        _GROUPED_MATMUL,
+        prose.GROUPED_MATMUL,
         *_each(of("grouped_matmul"), _grouped_matmul_tables),
-        _TRAIN_STEP,
+        prose.TRAIN_STEP,
         *_each(of("train_step"), _train_step_tables),
-        _REPRODUCE,
+        prose.REPRODUCE,
     ]
     return "\n".join(parts)
 
 
 def image_path(content: Record) -> Path:
-    """Where the plot of the results of layers or experts goes, relative to the page."""
+    """Where the plot of a program's results goes, relative to the page."""
     device = re.sub(r"[^a-z0-9]+", "-", content["hardware"]["device"].lower()).strip("-")
     return IMAGES / f"{content['program']}-{device}.png"
-
-
-_LAYER = """\
-## Whole layers
-
-From the router's logits to the layer's output, and back to the gradients of the input, both weights and the logits, in
-TFLOP/s. *Of dense* is forward and backward as a share of the speed of one dense matmul (cuBLAS) that takes as many
-operations as the layer's up-projection. *Error* is the largest of the relative errors against float32, of y and of
-every gradient, as a multiple of what plain JAX in bfloat16 has. Configurations are those of
-[`benchmarks/layers.py`](../benchmarks/layers.py). Routing *random* is that of independent normal logits; with *zipf*
-the popularity of experts follows Zipf's law: the one of rank r gets a share in proportion to 1/r, but no token twice;
-with *balanced* all get the same.
-"""
-
-_OPERATIONS = "forward", "backward", "both"
-
-_BESIDE_LAYERS = """\
-Beside others, forward / backward / both, random routing. Their figures were measured once, on other machines of the
-kind; [`benchmarks/peers.py`](../benchmarks/peers.py) has the versions.
-"""
-
-_EXPERTS = """\
-## Time against the number of experts
-
-The operations of *olmoe*, spread over ever more experts: T 32768, D 2048, F 1024, K 8, random routing. *Bound* is the
-time at the speed that the fewest experts reach, or, if that is longer, the time in which the device copies as many
-bytes as are moved at least for the weights: forward reads them once; backward reads them again and writes their
-gradients. Times are in ms, speeds in TFLOP/s.
-"""
-
-_MEMORY = """\
-## Memory of whole layers
-
-In MiB. *Kept* lives from forward to backward, beside the layer's input, parameters and logits. *Peak* is what the
-compiled forward and backward takes beside operands and results; with the results, which are y and the gradients of
-input, weights and logits, it is in the next column.
-"""
-
-_GROUPED_MATMUL = """\
-## Grouped matmuls
-
-`pallas_kernels` on the up-projections of four models, in TFLOP/s. *Of cuBLAS* is the ratio to the faster of dense and
-batched matmuls of as many operations, through JAX or PyTorch; *of grouped_mm* that to PyTorch's grouped_mm. All of it
-is from the same run; an empty cell was not measured in it.
-"""
-
-_TRAIN_STEP = """\
-## Training steps
-
-OLMoE cut to some of its 16 layers: forward, backward and AdamW on random tokens. *bf16* has parameters and moments in
-bfloat16 and clips nothing; *program* is what the training program does by default, with float32 master weights and
-moments, and clipping.
-"""
-
-
-_BESIDE_STEPS = """\
-The same model with 4 layers, batch 4 x 4096, bfloat16, in Hugging Face transformers 5.17 on PyTorch's grouped_mm,
-measured once on another machine of the kind:
-"""
 
 
 def _each(contents: Sequence[Record], tables: Callable[[Record], list[str]]) -> list[str]:
@@ -199,7 +113,7 @@ def _layer_tables(content: Record) -> list[str]:
     head = "", "routing", "implementation", *_OPERATIONS, "of dense", "of random", "error"
     parts = [_table(head, rows, 3), *_failures(records)]
     if random and content["hardware"]["device"] == peers.DEVICE:
-        parts += [_BESIDE_LAYERS, _table(("", "jmoe", *peers.LAYERS), map(_beside_layers, random.values()), 1)]
+        parts += [prose.BESIDE_LAYERS, _table(("", "jmoe", *peers.LAYERS), map(_beside_layers, random.values()), 1)]
     if random:
         parts.append(f"![TFLOP/s of each configuration as bars]({image_path(content).as_posix()})\n")
     return parts
@@ -229,6 +143,34 @@ def _expert_tables(content: Record) -> list[str]:
     parts = [_table(head, rows, 2), *_failures(content["records"])]
     if rows:
         parts.append(f"![Time against the number of experts]({image_path(content).as_posix()})\n")
+    return parts
+
+
+def _generation_tables(content: Record) -> list[str]:
+    records = sorted(content["records"], key=lambda record: (_place(record["configuration"]), record["T"]))
+    rows = []
+    for record in records:
+        names = record["configuration"], str(record["T"])
+        if "failure" in record:
+            rows.append((*names, *"-------"))
+            continue
+        rows.append(
+            (
+                *names,
+                str(record["layers"]),
+                f"{record['experts']:.1f}",
+                f"{record['bytes'] / 1e6:,.1f}",
+                f"{record['us_median']:,.1f}",
+                f"{record['gb_per_s']:,.0f}",
+                f"{record['copy_gb_per_s']:,.0f}",
+                f"{record['of_copy']:.3f}",
+            )
+        )
+    head = "", "tokens", "layers", "experts", "MB", "us", "GB/s", "copy", "of copy"
+    of_tokens = [record | {"configuration": f"{record['configuration']} with T {record['T']}"} for record in records]
+    parts = [_table(head, rows, 1), *_failures(of_tokens)]
+    if _is_timed(records):
+        parts.append(f"![Share of the rate of a copy against the number of tokens]({image_path(content).as_posix()})\n")
     return parts
 
 
@@ -315,7 +257,7 @@ def _train_step_tables(content: Record) -> list[str]:
     parts = [_table(head, rows, 5), *_failures(content["records"])]
     if content["hardware"]["device"] == peers.DEVICE:
         others = [(name, f"{step.tokens_per_second:,}", f"{step.peak_gib:.1f}") for name, step in peers.STEPS.items()]
-        parts += [_BESIDE_STEPS, _table(("", "tokens/s", "peak GiB"), others, 1)]
+        parts += [prose.BESIDE_STEPS, _table(("", "tokens/s", "peak GiB"), others, 1)]
     return parts
 
 
@@ -337,6 +279,10 @@ def _error(record: Record) -> str:
     # That of the logits is zero where K = 1.
     ratios = [error / plain[name] for name, error in record["relative_error"].items() if plain.get(name)]
     return f"{max(ratios):.2f}" if ratios else ""
+
+
+def _is_timed(records: Sequence[Record]) -> bool:
+    return any("failure" not in record for record in records)
 
 
 def _failures(records: Sequence[Record]) -> list[str]:
@@ -367,6 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plot_layers(content["records"], content["hardware"]["device"], options.docs / image_path(content))
         if content["program"] == "experts" and by_number_of_experts(content["records"]):
             plot_experts(content["records"], content["hardware"]["device"], options.docs / image_path(content))
+        if content["program"] == "generation" and _is_timed(content["records"]):
+            plot_generation(content["records"], content["hardware"]["device"], options.docs / image_path(content))
     page = options.docs / "performance.md"
     page.write_text(make_page(contents), encoding="utf-8")
     print(f"Written to {page}")
