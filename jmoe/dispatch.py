@@ -110,11 +110,12 @@ def dispatch_unsorted(routing: Routing, num_experts: int) -> Dispatch:
         routing: the assignments.
         num_experts: E.
     """
-    expert_index = routing.expert_index.astype(jnp.int32)
-    row = jnp.arange(expert_index.size, dtype=jnp.int32)
-    position = jnp.where(is_present(expert_index, num_experts), row.reshape(expert_index.shape), row.size)
-    expert_index = jnp.clip(expert_index.ravel(), 0, num_experts - 1)
-    token_index, slot = jnp.divmod(row, routing.expert_index.shape[1])
+    shape = routing.expert_index.shape
+    row = jnp.arange(routing.expert_index.size, dtype=jnp.int32)
+    position = jnp.where(is_present(routing.expert_index, num_experts), row.reshape(shape), row.size)
+    # Clipped before the cast, which could wrap around.
+    expert_index = jnp.clip(routing.expert_index.ravel(), 0, num_experts - 1).astype(jnp.int32)
+    token_index, slot = jnp.divmod(row, shape[1])
     return Dispatch(token_index, slot, expert_index, position, jnp.ones_like(row), expert_index)
 
 
