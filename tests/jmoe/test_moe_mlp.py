@@ -1,6 +1,7 @@
 """`jmoe.moe_mlp` against the formulas: forward, gradients, absent assignments, memory, transformations."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -367,3 +368,22 @@ def test_a_routing_of_another_type_is_a_value_error(make_problem):
     routing: Any = (problem.expert_index, problem.weight)
     with pytest.raises(ValueError, match=r"routing is a tuple; it must be a jmoe.Routing or jmoe.Assignments"):
         jmoe.moe_mlp(problem.x, problem.w_up, problem.w_down, routing)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_on_a_hopper_gpu_rows_are_gathered_inside_the_kernels(biased, lower_for_cuda):
+    def run(x, w_up, w_down, b_down, weight, expert_index, dy):
+        def layer(x, w_up, w_down, b_down, weight):
+            bias = b_down if biased else None
+            return jmoe.moe_mlp(x, w_up, w_down, jmoe.Routing(expert_index, weight), b_down=bias)
+
+        y, pull_back = jax.vjp(layer, x, w_up, w_down, b_down, weight)
+        return y, pull_back(dy)
+
+    bf16 = jnp.bfloat16
+    x, w_up, w_down = ((1000, 128), bf16), ((4, 128, 128), bf16), ((4, 64, 128), bf16)
+    weight, expert_index = ((1000, 2), jnp.float32), ((1000, 2), jnp.int32)
+    program = lower_for_cuda(run, x, w_up, w_down, ((4, 128), bf16), weight, expert_index, x)
+    assert program.count("custom_call @mosaic_gpu") == 7  # six matmuls and the activation's gradient
+    # Only the sums that go with the bias take rows of dy outside.
+    assert bool(re.search(r"gather.*-> tensor<2000x128xbf16>", program)) == biased
