@@ -68,6 +68,29 @@ def test_a_single_tokens_output_is_the_same_with_and_without_a_backward(chosen, 
     assert jnp.any(alone != 0) == present.any()
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_without_assignments_outputs_and_gradients_are_zeros(tokens, make_problem):
+    problem = make_problem(tokens, 4, 0, activation="swiglu", bias=True)
+    alone = jax.jit(lambda arrays: problem.moe_mlp(**arrays))(problem.differentiable)
+    y, gradients = output_and_gradients(problem.moe_mlp, problem.differentiable, cotangent(problem))
+    for array in (alone, y, *gradients.values()):
+        assert not jnp.any(array)
+    assert alone.shape == problem.x.shape
+
+
+@pytest.mark.parametrize("experts_of", [[[0, 2]], [[1, 1]], [[-1, 3]]], ids=str)
+def test_a_single_token_is_batched_by_vmap(experts_of, make_problem):
+    problem = make_problem(3, 4, 2, activation="swiglu")
+
+    def layer(x, weight):
+        routing = jmoe.Routing(jnp.array(experts_of), weight[None])
+        return jmoe.moe_mlp(x[None], problem.w_up, problem.w_down, routing)[0]
+
+    batched = jax.vmap(layer)(problem.x, problem.weight)
+    for i in range(3):
+        np.testing.assert_allclose(batched[i], layer(problem.x[i], problem.weight[i]), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "options"),
     [
