@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.record import Record, commit, describe_environment, make_console, make_parser, new_process, open_results
 from jmoe.activations import value_and_derivative
-from pallas_kernels import activation_gradient, grouped_matmul, grouped_weight_gradient
+from pallas_kernels import activation_gradient, combine, grouped_matmul, grouped_weight_gradient, top_k
 from pallas_kernels.device import has_hopper_gpu
 from pallas_kernels.implementations import Implementation
 
@@ -77,6 +77,15 @@ def cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[jax.Array, ..
 
     weight = jnp.asarray(draw.random(_NUM_ROWS).astype(np.float32))
     yield "activation_gradient", go_back, (normal(_NUM_ROWS, 2 * k), normal(_NUM_ROWS, k), weight)
+
+    places = jnp.asarray(draw.integers(-1, _NUM_ROWS + 1, (_NUM_TOKENS, 3)).astype(np.int32))
+    weights = jnp.asarray(draw.random(places.shape).astype(np.float32))
+    yield "combine", functools.partial(combine, num_rows=sum(_SIZES)), (rows, places, weights)
+
+    def find(x: jax.Array, *, implementation: Implementation) -> jax.Array:
+        return jnp.concatenate(top_k(x, 3, implementation=implementation), axis=1)
+
+    yield "top_k", find, (jnp.asarray(draw.standard_normal((_NUM_TOKENS, 40)).astype(np.float32)),)
 
 
 def run_kernels() -> None:

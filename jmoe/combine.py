@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+import pallas_kernels
 from jmoe.dispatch import Dispatch
 from pallas_kernels import make_block_schedule
 from pallas_kernels.rows import sum_rows
@@ -13,6 +14,7 @@ def combine(
     weight: Float[Array, "*_"] | None,
     dispatch: Dispatch,
     num_tokens: int,
+    implementation: pallas_kernels.Implementation | None = None,
 ) -> Float[Array, "T D"]:
     """Sums the rows of each token, weighted: `y[t] = sum_k weight[t, k] * rows[position[t, k]]`.
 
@@ -25,24 +27,16 @@ def combine(
         weight: [T, K] or [R], by assignment; None for a plain sum.
         dispatch: where the rows are.
         num_tokens: T.
+        implementation: as in `moe_mlp`. Not for `Assignments`, which XLA combines.
 
     Returns:
         [T, D] in the dtype of `rows`.
     """
-    sum_rows = _combine_slots if dispatch.position.ndim == 2 else _combine_flat
-    return sum_rows(rows, weight, dispatch, num_tokens).astype(rows.dtype)
-
-
-def _combine_slots(rows, weight, dispatch, num_tokens):
-    """Adds the slots one after the other, which compiles to one pass over the rows and makes no [T, K, D]."""
-    present = dispatch.position < dispatch.group_sizes.sum()
-    total = jnp.zeros((num_tokens, rows.shape[1]), jnp.promote_types(rows.dtype, jnp.float32))
-    for k in range(dispatch.position.shape[1]):
-        term = rows[dispatch.position[:, k]].astype(total.dtype)
-        if weight is not None:
-            term = weight[:, k, None] * term
-        total += jnp.where(present[:, k, None], term, 0)
-    return total
+    if dispatch.position.ndim == 1:
+        return _combine_flat(rows, weight, dispatch, num_tokens).astype(rows.dtype)
+    return pallas_kernels.combine(
+        rows, dispatch.position, weight, dispatch.group_sizes.sum(), implementation=implementation
+    )
 
 
 def _combine_flat(rows, weight, dispatch, num_tokens):

@@ -7,7 +7,7 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int32, Shaped
+from jaxtyping import Array, Int32, Integer, Shaped
 
 from jmoe.debug import check
 from jmoe.routing import ABSENT, Assignments, Routing, count_assignments, is_present
@@ -88,7 +88,9 @@ def make_dispatch(routing: Routing | Assignments, num_experts: int) -> Dispatch:
     )
 
     group_sizes = count_assignments(routing.expert_index, num_experts)
-    expert_index = jnp.where(present, routing.expert_index, num_experts).astype(jnp.int32)
+    # As few bits as there may be: a GPU sorts 8 of them at a time.
+    dtype = next(d for d in (jnp.uint8, jnp.uint16, jnp.uint32) if num_experts <= jnp.iinfo(d).max)
+    expert_index = jnp.where(present, routing.expert_index, num_experts).astype(dtype)
     few = expert_index.size <= _MOST_ASSIGNMENTS_COMPARED
     # What compares well depends on the platform that is compiled for, which may not be the one that traces.
     sort = functools.partial(lax.platform_dependent, cpu=_sort, default=_sort_by_comparing) if few else _sort
@@ -123,22 +125,22 @@ def dispatch_unsorted(routing: Routing, num_experts: int) -> Dispatch:
     return Dispatch(token_index, slot, expert_index, position, jnp.ones_like(row), expert_index)
 
 
-def _sort(keys: Int32[Array, "T K"]) -> _Sorted:
+def _sort(keys: Integer[Array, "T K"]) -> _Sorted:
     """Sorts stably. Returns the keys in order, the row and the column of each in `keys`, and the place of each key."""
     index = jnp.arange(keys.size, dtype=jnp.int32)
     sorted_keys, order = lax.sort((keys.ravel(), index), num_keys=1, is_stable=True)
     place = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
-    return sorted_keys, *jnp.divmod(order, keys.shape[1]), place.reshape(keys.shape)
+    return sorted_keys.astype(jnp.int32), *jnp.divmod(order, keys.shape[1]), place.reshape(keys.shape)
 
 
-def _sort_by_comparing(keys: Int32[Array, "T K"]) -> _Sorted:
+def _sort_by_comparing(keys: Integer[Array, "T K"]) -> _Sorted:
     """The same by comparing each key with each: for few keys a small kernel or two on a GPU, where a sort is many."""
     key, index = keys.ravel(), jnp.arange(keys.size, dtype=jnp.int32)
     is_before = (key < key[:, None]) | ((key == key[:, None]) & (index < index[:, None]))
     place = jnp.sum(is_before, axis=1, dtype=jnp.int32)
     is_here = place == index[:, None]
 
-    def in_order(x: Int32[Array, " R"]) -> Int32[Array, " R"]:
+    def in_order(x: Integer[Array, " R"]) -> Int32[Array, " R"]:
         return jnp.sum(jnp.where(is_here, x, 0), axis=1, dtype=jnp.int32)
 
     row, column = jnp.divmod(index, keys.shape[1])

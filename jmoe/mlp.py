@@ -118,24 +118,33 @@ def _moe_mlp(
     unsorted: Dispatch | None,
 ) -> Array:
     # Without a backward nothing needs the rows in order; what is not used is not computed under jit.
-    y, _ = _forward(options, x, parameters, weight, unsorted or dispatch, None)
+    y, _ = _outputs(options, x, parameters, weight, unsorted or dispatch)
     return y
 
 
 def _forward(options, x, parameters, weight, dispatch, unsorted):
     del unsorted
-    # Where layers are scanned, XLA would run the matmul twice: once to write to the stack of all layers' h, and
-    # once for the activation.
-    h = lax.optimization_barrier(_up(options, x, parameters, weight, dispatch))  # [R, H]
-    a = activate(options.activation, _accumulator(h)).astype(x.dtype)  # [R, F]
-    y_rows = _down(options, a, parameters, dispatch)  # [R, D]
-    y = combine(y_rows, weight if options.weight_on == "output" else None, dispatch, x.shape[0])  # [T, D]
+    y, h = _outputs(options, x, parameters, weight, dispatch)
     if parameters.b_up is None and parameters.b_down is None:
         dispatch = dataclasses.replace(dispatch, expert_index=None)  # which only the biases' gradients read
     # The parameters as they came: a copy in the compute dtype would live until the backward.
     return y, (x, parameters, weight, dispatch, h)
 
 
+# This and the backward are compiled functions of their own, so that layers of the same shapes are traced and lowered
+# once for all of them, which is most of what a model of many layers takes to compile.
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(options, x, parameters, weight, dispatch):
+    """Computes y [T, D] and the pre-activations [R, H]."""
+    # Where layers are scanned, XLA would run the matmul twice: once to write to the stack of all layers' h, and
+    # once for the activation.
+    h = lax.optimization_barrier(_up(options, x, parameters, weight, dispatch))
+    a = activate(options.activation, _accumulator(h)).astype(x.dtype)  # [R, F]
+    y_rows = _down(options, a, parameters, dispatch)  # [R, D]
+    return _combine(options, y_rows, weight if options.weight_on == "output" else None, dispatch, x), h
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(options, residuals, dy):
     x, parameters, weight, dispatch, h = residuals
     # The backward repeats gathers and casts of the forward. Without the barrier XLA would see that, compute them
@@ -159,10 +168,10 @@ def _backward(options, residuals, dy):
     db_up = _bias_gradient(dh, parameters.b_up, dispatch)  # [E, H]
     if options.weight_on == "input":
         dweight = jnp.sum(_accumulator(_gather(x, dispatch)) * _accumulator(dx_rows), axis=1)
-        dx = combine(dx_rows, weight, dispatch, x.shape[0])
+        dx = _combine(options, dx_rows, weight, dispatch, x)
         dh = _scale(dh, weight, dispatch)
     else:
-        dx = combine(dx_rows, None, dispatch, x.shape[0])
+        dx = _combine(options, dx_rows, None, dispatch, x)
     dw_up = _weight_gradient(options, x, dh, parameters.w_up, dispatch, lhs_index=token_index)  # [E, D, H]
 
     parameter_gradients = ExpertParameters(dw_up, dw_down, db_up, db_down)
@@ -241,6 +250,12 @@ def _weight_gradient(options, rows, out_grad, weights, dispatch, *, lhs_index=No
         out_grad_index=out_grad_index,
         implementation=options.implementation,
     )
+
+
+def _combine(options, rows, weight, dispatch, x):
+    # Its Hopper kernel takes fewer widths than those of the matmuls; without it a layer runs all the same.
+    implementation = None if options.implementation == "mosaic_gpu" else options.implementation
+    return combine(rows, weight, dispatch, x.shape[0], implementation)
 
 
 def _gather(tokens, dispatch):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from jmoe.debug import check
+from pallas_kernels import top_k
 
 ABSENT = -1
 """The expert index that marks an absent assignment; any other index outside [0, E) has the same effect."""
@@ -137,7 +138,7 @@ def route_top_k(
     nan = jnp.isnan(logits).any(axis=1)
     check(~nan, f"logits hold NaN for {{nan}} of {nan.size} tokens", nan=nan.sum())
 
-    chosen, expert_index = jax.lax.top_k(logits, k)
+    chosen, expert_index = top_k(logits, k)
     # In the logarithm nothing underflows, so that weights sum to 1 even where every score of a token is tiny.
     if score == "sigmoid":
         log_score = jax.nn.log_sigmoid(chosen)

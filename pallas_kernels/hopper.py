@@ -58,12 +58,17 @@ class Ring:
     Attributes:
         full: one barrier for each slot: its tiles have arrived.
         empty: one barrier for each slot: every compute warpgroup is done with it.
-        num_slots: the length of the ring.
+        num_slots: the length of the ring. A compute warpgroup waits for a step's tiles while two slots are not yet
+            released, so that it must be at least 3.
     """
 
     full: Ref
     empty: Ref
     num_slots: int
+
+    def __post_init__(self):
+        if self.num_slots < 3:
+            raise ValueError(f"num_stages is {self.num_slots}; a ring of fewer than 3 slots would wait for itself.")
 
     def slot(self, step: Scalar) -> Array:
         """Returns the slot of the kernel's step number `step`."""
@@ -99,7 +104,8 @@ def accumulate(
     first_step: Array,
     num_steps: Scalar,
     shape: tuple[int, int],
-    multiply: Callable[[Ref, Array, Array], None],
+    multiply: Callable[[Ref, Array], None],
+    prepare: Callable[[Array, Array], None] | None = None,
     meanwhile: Sequence[Callable[[], None]] = (),
 ) -> Array:
     """Compute warpgroup: sums the products of the ring's next `num_steps` steps.
@@ -109,19 +115,29 @@ def accumulate(
         first_step: the kernel's number of the first of these steps.
         num_steps: how many there are; with none the sum is zero.
         shape: of the accumulator.
-        multiply: called with the accumulator, the number of the step among these, and its slot; issues one wgmma.
+        multiply: called with the accumulator and a slot; issues one wgmma.
+        prepare: called with the number of a step among these and its slot, before it is multiplied, with its tiles
+            there.
         meanwhile: work to do while the tensor cores are busy, one piece after each of the first wgmmas.
 
     Returns:
         f32[shape], in registers.
     """
 
+    def await_step(k):
+        ring.wait_for_data(first_step + k)
+        if prepare is not None:
+            prepare(k, ring.slot(first_step + k))
+
     def scope(acc):
+        pl.when(num_steps > 0)(lambda: await_step(jnp.int32(0)))
+
         def step(k, carry):
-            ring.wait_for_data(first_step + k)
-            multiply(acc, k, ring.slot(first_step + k))
+            multiply(acc, ring.slot(first_step + k))
             for turn, work in enumerate(meanwhile):
                 pl.when(k == turn)(work)
+            # While the tensor cores are busy, so that the next wgmma can follow this one at once.
+            pl.when(k + 1 < num_steps)(lambda: await_step(k + 1))
             # One wgmma stays in flight, so the slot that is surely read is the one before.
             plgpu.wgmma_wait(1)
 

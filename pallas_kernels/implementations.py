@@ -3,9 +3,6 @@
 import logging
 from typing import Literal, get_args
 
-import jax
-
-from pallas_kernels import hopper
 from pallas_kernels.device import has_hopper_gpu
 
 Implementation = Literal["mosaic_gpu", "xla", "reference"]
@@ -14,21 +11,13 @@ _logger = logging.getLogger("pallas_kernels")
 _logged_reasons: set[str] = set()
 
 
-def choose_implementation(
-    operation: str,
-    asked: Implementation | None,
-    widths: tuple[int, ...],
-    dtype: jax.typing.DTypeLike,
-    out_dtype: jax.typing.DTypeLike,
-) -> Implementation:
+def choose_implementation(operation: str, asked: Implementation | None, why_unsupported: str | None) -> Implementation:
     """Chooses what runs: the one asked for, or else the fastest that can run here.
 
     Args:
         operation: its public name, for messages.
         asked: an implementation, or None.
-        widths: every matrix width among the operands.
-        dtype: of the operands.
-        out_dtype: of the result.
+        why_unsupported: which constraint of the Hopper kernel the operands break, if any.
 
     Raises:
         ValueError: there is no such implementation, or it cannot run here, with the reason.
@@ -42,13 +31,12 @@ def choose_implementation(
         if asked is None:
             return "xla"
         raise ValueError('implementation "mosaic_gpu" needs a Hopper GPU; None picks what can run here.')
-    reason = hopper.why_unsupported(widths, dtype, out_dtype)
-    if reason is None:
+    if why_unsupported is None:
         return "mosaic_gpu"
     if asked is None:
         # Once, not for each matmul of a gradient and each layer of a model.
-        if reason not in _logged_reasons:
-            _logged_reasons.add(reason)
-            _logger.warning("%s runs on XLA, not on its Hopper kernel: %s", operation, reason)
+        if why_unsupported not in _logged_reasons:
+            _logged_reasons.add(why_unsupported)
+            _logger.warning("%s runs on XLA, not on its Hopper kernel: %s", operation, why_unsupported)
         return "xla"
-    raise ValueError(f'implementation "mosaic_gpu" cannot run this {operation}: {reason}')
+    raise ValueError(f'implementation "mosaic_gpu" cannot run this {operation}: {why_unsupported}')

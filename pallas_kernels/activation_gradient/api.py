@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float
 
+from pallas_kernels import hopper
 from pallas_kernels.activation_gradient import mosaic_gpu, reference
 from pallas_kernels.implementations import Implementation, choose_implementation
 
@@ -60,7 +61,9 @@ def activation_gradient(
         raise ValueError(f"out_grad has F = {width} columns and h has {h.shape[1]}; h must have F or 2F.")
     if weight is not None and (weight.shape != (num_rows,) or not jnp.issubdtype(weight.dtype, jnp.floating)):
         raise ValueError(f"weight is {weight.dtype}{list(weight.shape)}; it must be floating-point [M] = [{num_rows}].")
-    name = choose_implementation("activation_gradient", implementation, (width,), h.dtype, h.dtype)
+    name = choose_implementation(
+        "activation_gradient", implementation, hopper.why_unsupported((width,), h.dtype, h.dtype)
+    )
     if name != "mosaic_gpu" or num_rows < mosaic_gpu.BLOCK_ROWS:
         return reference.activation_gradient(h, out_grad, weight, value_and_derivative)
 

@@ -11,6 +11,7 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Integer
 
+from pallas_kernels import hopper
 from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_weight_gradient, reference, xla
 from pallas_kernels.implementations import Implementation, choose_implementation
 from pallas_kernels.rows import clip_index, sum_rows
@@ -262,7 +263,8 @@ def _run(
     else:
         out_shape = (group_sizes.size, first.shape[1], second.shape[1])
     widths = *first.shape[1:], *second.shape[1:]
-    name = choose_implementation(operation, options.implementation, widths, first.dtype, options.out_dtype)
+    reason = hopper.why_unsupported(widths, first.dtype, options.out_dtype)
+    name = choose_implementation(operation, options.implementation, reason)
     if 0 in (*first.shape, *second.shape, *(index.size for index in indices if index is not None)):
         return jnp.zeros(out_shape, options.out_dtype)
 

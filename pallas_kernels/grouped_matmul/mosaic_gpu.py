@@ -192,8 +192,7 @@ def grouped_matmul(
             own_rows = pl.ds(rows_before, hopper.WARPGROUP_ROWS)
             buffers = out_s.at[warpgroup]
 
-            def multiply_step(acc, k, slot):
-                del k
+            def multiply_step(acc, slot):
                 b = b_s.at[slot]
                 plgpu.wgmma(acc, a_s.at[slot, own_rows], b.transpose((1, 0)) if transpose_rhs else b)
 

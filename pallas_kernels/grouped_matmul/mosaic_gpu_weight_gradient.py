@@ -208,12 +208,12 @@ def grouped_weight_gradient(
                 group, row, column = place_of(i)
                 window, steps = steps_of(begin, end)
 
-                def multiply_step(acc, m, slot):
+                def clear_foreign_rows(m, slot):
                     first = jnp.maximum(begin - (window + m * block_m), 0)
                     last = jnp.minimum(end - (window + m * block_m), block_m)
 
                     @pl.when((first > 0) | (last < block_m))
-                    def clear_foreign_rows():
+                    def clear():
                         # Gathered tiles come with zeros.
                         if not gathers_lhs:
                             zero_rows(a_s.at[slot, :, own_rows], first, last)
@@ -225,6 +225,7 @@ def grouped_weight_gradient(
                             plgpu.barrier_arrive(cleared)
                             plgpu.barrier_wait(cleared)
 
+                def multiply_step(acc, slot):
                     plgpu.wgmma(acc, a_s.at[slot, :, own_rows].transpose((1, 0)), b_s.at[slot])
 
                 acc = hopper.accumulate(
@@ -233,6 +234,7 @@ def grouped_weight_gradient(
                     steps,
                     (own_k, block_n),
                     multiply_step,
+                    prepare=clear_foreign_rows,
                     meanwhile=previous.pieces(out_s.at[warpgroup], out),
                 )
                 own_row = row + warpgroup * own_k

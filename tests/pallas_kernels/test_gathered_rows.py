@@ -211,7 +211,7 @@ def options_of(config, **fields):
         "precision": None,
         "accumulator_dtype": jnp.dtype(jnp.float32),
         "out_dtype": jnp.dtype(jnp.bfloat16),
-        "config": config(**{"block_n": 128, "num_stages": 2} | fields),
+        "config": config(**{"block_n": 128, "num_stages": 3} | fields),
         "copies": InterpretedRowCopies,
     }
 

@@ -9,7 +9,7 @@ import pytest
 
 import jmoe
 from jmoe.activations import value_and_derivative
-from pallas_kernels import activation_gradient, grouped_matmul, grouped_weight_gradient
+from pallas_kernels import activation_gradient, combine, grouped_matmul, grouped_weight_gradient, top_k
 
 pytestmark = pytest.mark.gpu
 
@@ -194,6 +194,33 @@ def test_the_activation_gradient_matches_the_reference(activation, rows, width, 
     for result, value in zip(run("mosaic_gpu", h, da, weight), expected, strict=True):
         assert (result is None) == (value is None)
         assert result is None or relative_error(result, value) < TOLERANCE[result.dtype.type]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "k"), [(1, 64, 8), (1001, 8, 2), (5000, 64, 8), (4097, 130, 6), (64, 1024, 32)]
+)
+def test_top_k_is_that_of_xla(rows, columns, k):
+    # Rounded, so that many are equal.
+    x = jnp.round(random_normal(0, rows, columns, dtype=jnp.float32) * 4).at[:, 1::7].set(-jnp.inf)
+    run = jax.jit(top_k, static_argnames=("k", "implementation"))
+    results = run(x, k=k, implementation="mosaic_gpu")
+    for result, expected in zip(results, run(x, k=k, implementation="reference"), strict=True):
+        np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(
+    ("num_rows", "columns", "num_sums", "num_terms"),
+    [(1, 128, 1, 1), (999, 2048, 500, 8), (700, 1536, 333, 6), (64, 4608, 31, 22)],
+)
+def test_combine_matches_the_reference(num_rows, columns, num_sums, num_terms, weighted, relative_error):
+    rows = random_normal(0, num_rows + 2, columns).at[num_rows:].set(jnp.nan)
+    index = jax.random.randint(jax.random.key(1), (num_sums, num_terms), -3, num_rows + 5)
+    weight = random_normal(2, num_sums, num_terms, dtype=jnp.float32) if weighted else None
+    run = jax.jit(combine, static_argnames="implementation")
+    result = run(rows, index, weight, num_rows, implementation="mosaic_gpu")
+    expected = run(rows.astype(jnp.float32), index, weight, num_rows, implementation="reference")
+    assert relative_error(result, expected) < TOLERANCE[jnp.bfloat16]
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])

@@ -42,7 +42,7 @@ class Case:
             precision=None,
             accumulator_dtype=jnp.dtype(jnp.float32),
             out_dtype=jnp.dtype(self.out_dtype or self.dtype),
-            config=config(**{"block_n": 128, "num_stages": 2} | self.config),
+            config=config(**{"block_n": 128, "num_stages": 3} | self.config),
             **options,
         )
         return interpret(call, num_sms=self.num_sms, detect_races=self.detect_races)

@@ -81,6 +81,13 @@ def test_tiles_that_exceed_shared_memory_do_not_lower(operation, lower_for_cuda)
         lower_for_cuda(with_config(operation, block_n=256, num_stages=8), *arguments)
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_ring_that_would_wait_for_itself_is_an_error(operation, lower_for_cuda):
+    _, *arguments = call(operation, 4096, 1024, 768, 8)
+    with pytest.raises(ValueError, match=r"num_stages is 2; a ring of fewer than 3 slots would wait for itself"):
+        lower_for_cuda(with_config(operation, num_stages=2), *arguments)
+
+
 @pytest.mark.parametrize("transpose_rhs", [False, True])
 def test_a_training_step_lowers_to_three_kernels(transpose_rhs, lower_for_cuda):
     def gradients(lhs, rhs, sizes, out_grad):

@@ -91,7 +91,7 @@ def test_kernels_lower_with_the_configuration_of_the_table(user_table, h100, low
     arrays = ((4096, 512), jnp.bfloat16), ((8, 512, 768), jnp.bfloat16), ((8,), jnp.int32)
     by_rule = lower_for_cuda(grouped_matmul, *arrays)
     with h100():
-        user_table([entry(TASK, block_n=128, num_stages=2)])
+        user_table([entry(TASK, block_n=128, num_stages=3)])
     assert lower_for_cuda(lambda *arrays: grouped_matmul(*arrays), *arrays) != by_rule
 
 
