@@ -67,11 +67,12 @@ def _combine(implementation, rows, index, weight, num_rows):
     name = choose_implementation("combine", implementation, reason)
     if name != "mosaic_gpu" or not (rows.size and index.size):
         return reference.combine(rows, index, weight, num_rows)
-    if weight is None:
-        return sequential_vmap(lambda *arrays: mosaic_gpu.combine(*arrays[:2], None, *arrays[2:]))(
-            rows, index, num_rows
-        )
-    return sequential_vmap(mosaic_gpu.combine)(rows, index, weight, num_rows)
+    return _call_kernel(rows, index, weight, num_rows)
+
+
+@sequential_vmap
+def _call_kernel(rows, index, weight, num_rows):
+    return mosaic_gpu.combine(rows, index, weight, num_rows)
 
 
 @_combine.defjvp
