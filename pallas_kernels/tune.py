@@ -1,21 +1,26 @@
 """Measures the Hopper kernels' configurations for given shapes, and writes the best ones to a table.
 
-    python -m pallas_kernels.tune --shape 262144,2048,2048,64
+    python -m pallas_kernels.tune --layer 32768,2048,1024,64,8 --shape 262144,2048,2048,64
 
-For each shape and kernel it takes every candidate that fits into shared memory and lowers, times all of them in
+For each shape and kernel it takes the candidates that fit into shared memory and lower, times all of them in
 rounds, with groups of equal sizes and with sizes that follow Zipf's law, and keeps the one that takes the least time
-relative to the configuration of the rule, in the mean of both.
+relative to the configuration of the rule, in the mean of both, if that is at least 1 % less. Several processes lower
+and compile, which takes far longer than the timing does, and when all have finished, they take turns on the device.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import itertools
 import math
+import multiprocessing
 import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,14 @@ from pallas_kernels import tuning
 from pallas_kernels.device import has_hopper_gpu
 from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_weight_gradient
 from pallas_kernels.timing import Variant, time_in_rounds
+
+# What is won by less may be the measurement's noise; and a layer's matmuls compute fewer schedules if they agree.
+_MARGIN = 0.01
+_LONGEST_COMPILATION = 1200  # seconds
+
+# Of the processes that tune side by side; a process alone has none.
+_all_compiled: Barrier | None = None
+_device: contextlib.AbstractContextManager = contextlib.nullcontext()
 
 type Config = mosaic_gpu.Config | mosaic_gpu_weight_gradient.Config
 
@@ -46,6 +59,8 @@ class Task:
         n: columns of the result.
         num_groups: G.
         dtype: of operands and result.
+        lhs_rows: rows of the array that the rows of `lhs` are gathered from; None: nothing is gathered.
+        out_grad_rows: the same of the second operand of a weight gradient.
     """
 
     kernel: str
@@ -54,6 +69,8 @@ class Task:
     n: int
     num_groups: int
     dtype: str = "bfloat16"
+    lhs_rows: int | None = None
+    out_grad_rows: int | None = None
 
     @property
     def problem(self) -> tuning.Problem:
@@ -77,36 +94,72 @@ class Task:
     @property
     def operand_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of the two floating-point operands."""
+        lhs = (self.lhs_rows or self.m, self.k)
         if self.kernel == "grouped_weight_gradient":
-            return (self.m, self.k), (self.m, self.n)
+            return lhs, (self.out_grad_rows or self.m, self.n)
         transposed = self.kernel == "grouped_matmul_transposed"
-        return (self.m, self.k), (self.num_groups, *((self.n, self.k) if transposed else (self.k, self.n)))
+        return lhs, (self.num_groups, *((self.n, self.k) if transposed else (self.k, self.n)))
 
     def candidates(self) -> Iterator[Config]:
-        """Yields the configurations that fit into shared memory, the rule's first."""
+        """Yields the configurations to time, the rule's first.
+
+        Each differs from it in one respect, since the respects hardly act on each other: another width of tiles,
+        with the deepest ring that fits into shared memory; a ring of one slot less; other bands.
+        """
         yield self.rule
-        for block_n, num_stages, band_rows in itertools.product(self._widths, (3, 4, 5, 6, 8), (4, 8, 16)):
-            config = dataclasses.replace(self.rule, block_n=block_n, num_stages=num_stages, band_rows=band_rows)
-            if config != self.rule and config.fits(self.dtype):
-                yield config
+        for block_n in self._widths:
+            wide = (dataclasses.replace(self.rule, block_n=block_n, num_stages=stages) for stages in (8, 7, 6, 5, 4, 3))
+            yield from itertools.islice((c for c in wide if c != self.rule and c.fits(self.dtype)), 1)
+        yield from (
+            dataclasses.replace(self.rule, band_rows=rows) for rows in (4, 8, 16) if rows != self.rule.band_rows
+        )
 
     @property
     def _widths(self) -> tuple[int, ...]:
         # Two warpgroups share the columns of a weight gradient's tile.
         return (256, 128) if self.kernel == "grouped_weight_gradient" else (256, 128, 64)
 
-    def run(self, config: Config, first: Array, second: Array, group_sizes: Array) -> Array:
-        """Runs the kernel."""
+    def run(self, config: Config, first: Array, second: Array, group_sizes: Array, index: Array) -> Array:
+        """Runs the kernel; `index` [M] says which rows it gathers, if it does."""
         options: dict[str, Any] = {
             "precision": None,
             "accumulator_dtype": jnp.dtype(jnp.float32),
             "out_dtype": jnp.dtype(self.dtype),
             "config": config,
         }
+        lhs_index = None if self.lhs_rows is None else index
         if self.kernel == "grouped_weight_gradient":
-            return mosaic_gpu_weight_gradient.grouped_weight_gradient(first, second, group_sizes, None, None, **options)
+            indices = lhs_index, None if self.out_grad_rows is None else index
+            return mosaic_gpu_weight_gradient.grouped_weight_gradient(first, second, group_sizes, *indices, **options)
         transpose_rhs = self.kernel == "grouped_matmul_transposed"
-        return mosaic_gpu.grouped_matmul(first, second, group_sizes, None, None, transpose_rhs=transpose_rhs, **options)
+        return mosaic_gpu.grouped_matmul(
+            first, second, group_sizes, lhs_index, None, transpose_rhs=transpose_rhs, **options
+        )
+
+
+def layer_tasks(
+    num_tokens: int, features: int, hidden_features: int, num_experts: int, top_k: int, dtype: str = "bfloat16"
+) -> list[Task]:
+    """Returns the six matmuls of one mixture of gated MLPs, forward and backward, which gather as the layer does.
+
+    Args:
+        num_tokens: T.
+        features: D.
+        hidden_features: F; an expert's gate and up matrices together have 2F columns.
+        num_experts: E.
+        top_k: K.
+        dtype: of the computation.
+    """
+    rows, d, f, gate_and_up = num_tokens * top_k, features, hidden_features, 2 * hidden_features
+    task = functools.partial(Task, m=rows, num_groups=num_experts, dtype=dtype)
+    return [
+        task("grouped_matmul", k=d, n=gate_and_up, lhs_rows=num_tokens),
+        task("grouped_matmul", k=f, n=d),
+        task("grouped_matmul_transposed", k=d, n=f, lhs_rows=num_tokens),
+        task("grouped_matmul_transposed", k=gate_and_up, n=d),
+        task("grouped_weight_gradient", k=d, n=gate_and_up, lhs_rows=num_tokens),
+        task("grouped_weight_gradient", k=f, n=d, out_grad_rows=num_tokens),
+    ]
 
 
 def group_sizes(distribution: str, m: int, num_groups: int) -> np.ndarray:
@@ -123,19 +176,22 @@ def measure(task: Task, configs: Sequence[Config], *, rounds: int) -> dict[Confi
     Returns:
         For each configuration that runs, and each distribution of group sizes, the median in milliseconds.
     """
-    keys = jax.random.split(jax.random.key(0))
-    operands = [jax.random.normal(key, s, task.dtype) for key, s in zip(keys, task.operand_shapes, strict=True)]
-    sizes = {name: jnp.asarray(group_sizes(name, task.m, task.num_groups)) for name in DISTRIBUTIONS}
-    lowered = dict(_lower(task, configs, (*operands, sizes["balanced"])))
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        programs = zip(lowered, pool.map(_compile, lowered.values()), strict=True)
-        compiled = {config: program for config, program in programs if program is not None}
+    compiled = {config: program for config in configs if (program := _compile(task, config)) is not None}
+    if _all_compiled is not None:
+        _all_compiled.wait(_LONGEST_COMPILATION)  # a busy CPU starts kernels late
+    with _device:
+        keys = jax.random.split(jax.random.key(0))
+        operands = [jax.random.normal(key, s, task.dtype) for key, s in zip(keys, task.operand_shapes, strict=True)]
+        rows = task.lhs_rows or task.out_grad_rows or task.m
+        index = jax.random.permutation(jax.random.key(1), jnp.arange(task.m, dtype=jnp.int32) % rows)
+        sizes = {name: jnp.asarray(group_sizes(name, task.m, task.num_groups)) for name in DISTRIBUTIONS}
 
-    def variant(config: Config, distribution: str) -> Variant:
-        return Variant(lambda: compiled[config](*operands, sizes[distribution]), jax.block_until_ready)
+        def variant(config: Config, distribution: str) -> Variant:
+            return Variant(lambda: compiled[config](*operands, sizes[distribution], index), jax.block_until_ready)
 
-    variants = {pair: variant(*pair) for pair in itertools.product(compiled, DISTRIBUTIONS)}
-    seconds, _ = time_in_rounds(variants, rounds=rounds, seed=0)
+        variants = {pair: variant(*pair) for pair in itertools.product(compiled, DISTRIBUTIONS)}
+        runs = {pair: variant for pair, variant in variants.items() if _runs(variant)}
+        seconds, _ = time_in_rounds(runs, rounds=rounds, seed=0)
     return {
         config: {name: 1e3 * statistics.median(seconds[config, name]) for name in DISTRIBUTIONS}
         for config in compiled
@@ -143,19 +199,21 @@ def measure(task: Task, configs: Sequence[Config], *, rounds: int) -> dict[Confi
     }
 
 
-def _lower(task: Task, configs: Sequence[Config], arrays: tuple[Array, ...]) -> Iterator[tuple[Config, Any]]:
-    for config in configs:
-        try:
-            yield config, jax.jit(lambda *arrays, config=config: task.run(config, *arrays)).lower(*arrays)
-        except (ValueError, NotImplementedError):
-            continue  # what the formula of shared memory does not see
-
-
-def _compile(program: Any) -> Any:
+def _compile(task: Task, config: Config) -> Callable[..., Array] | None:
+    operands = [jax.ShapeDtypeStruct(shape, task.dtype) for shape in task.operand_shapes]
+    numbers = [jax.ShapeDtypeStruct((length,), jnp.int32) for length in (task.num_groups, task.m)]
     try:
-        return program.compile()
+        return jax.jit(lambda *arrays: task.run(config, *arrays)).lower(*operands, *numbers).compile()
+    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
+        return None  # what the formula of shared memory does not see
+
+
+def _runs(variant: Variant) -> bool:
+    try:
+        variant.wait(variant.run())  # the first call loads the kernel; timed, it would count for many
+        return True
     except jax.errors.JaxRuntimeError:
-        return None  # what lowering does not see
+        return False
 
 
 def tune(
@@ -178,6 +236,8 @@ def tune(
         return math.prod(times[config][name] / times[task.rule][name] for name in DISTRIBUTIONS)
 
     best = min(times, key=relative_time)
+    if relative_time(best) > (1 - _MARGIN) ** len(DISTRIBUTIONS):
+        best = task.rule
     return {
         "problem": dataclasses.asdict(task.problem),
         "config": dataclasses.asdict(best),
@@ -195,15 +255,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m pallas_kernels.tune", description="Measures the Hopper kernels' configurations."
     )
     parser.add_argument(
-        "--shape", type=_shape, action="append", required=True, metavar="M,K,N,G", help="may be given several times"
+        "--layer",
+        type=_layer,
+        action="append",
+        default=[],
+        metavar="T,D,F,E,K",
+        help="the matmuls of a mixture of gated MLPs, forward and backward; may be given several times",
+    )
+    parser.add_argument(
+        "--shape", type=_shape, action="append", default=[], metavar="M,K,N,G", help="may be given several times"
     )
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="all, if left out")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5, help="how often each candidate is timed")
+    parser.add_argument("--jobs", type=int, help="processes that lower and compile; by default half of the CPUs")
     parser.add_argument("--out", type=Path, help=f"the table; by default ${tuning.CACHE_VARIABLE} or the user's cache")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds is {options.rounds}; it must be at least 1")
+    for name in ("rounds", "jobs"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name} is {value}; it must be at least 1")
+    dtype = options.dtype
+    tasks = [task for t, d, f, e, k in options.layer for task in layer_tasks(t, d, f, e, k, dtype)]
+    tasks += [Task(kernel, m, k, n, g, dtype) for m, k, n, g in options.shape for kernel in KERNELS]
+    tasks = [task for task in tasks if task.kernel in (options.kernel or KERNELS)]
+    if not tasks:
+        parser.error("name what to tune: --layer T,D,F,E,K or --shape M,K,N,G")
+    # Each process takes as much of the device's memory as it needs, not three quarters from the start.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if not has_hopper_gpu():
         print("tuning measures the Hopper kernels, and computations here run on no Hopper GPU.", file=sys.stderr)
         return 2
@@ -214,9 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    for (m, k, n, num_groups), kernel in itertools.product(options.shape, options.kernel or KERNELS):
-        task = Task(kernel, m, k, n, num_groups, options.dtype)
-        entry = tune(task, lambda task, configs: measure(task, configs, rounds=options.rounds))
+    jobs = min(options.jobs or max((os.cpu_count() or 1) // 2, 1), len(tasks))
+    for task, entry in zip(tasks, _tune_all(tasks, options.rounds, jobs), strict=True):
         if entry is None:
             print(f"{task}: the kernel does not run", file=sys.stderr)
             continue
@@ -227,14 +304,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _tune_all(tasks: Sequence[Task], rounds: int, jobs: int) -> Iterator[dict[str, Any] | None]:
+    if jobs == 1:
+        yield from (_tune(task, rounds) for task in tasks)
+        return
+    processes = multiprocessing.get_context("spawn")  # a fork would share this process's use of the GPU
+    for side_by_side in itertools.batched(tasks, jobs):
+        shared = processes.Barrier(len(side_by_side)), processes.Lock()
+        # A process ends after its task, and so gives the device's memory back.
+        with concurrent.futures.ProcessPoolExecutor(
+            len(side_by_side), processes, _take_turns, shared, max_tasks_per_child=1
+        ) as pool:
+            yield from pool.map(_tune, side_by_side, itertools.repeat(rounds))
+
+
+def _take_turns(all_compiled: Barrier, device: contextlib.AbstractContextManager) -> None:
+    global _all_compiled, _device
+    _all_compiled, _device = all_compiled, device
+
+
+def _tune(task: Task, rounds: int) -> dict[str, Any] | None:
+    return tune(task, functools.partial(measure, rounds=rounds))
+
+
+def _numbers(text: str, names: str, *widths: int) -> tuple[int, ...]:
+    """Reads as many positive numbers as there are names; those at `widths` must be multiples of 64."""
     try:
-        shape = tuple(int(part) for part in text.split(","))
+        numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        shape = ()
-    if len(shape) != 4 or min(shape) < 1 or any(width % 64 for width in shape[1:3]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not M,K,N,G: four positive numbers, K and N multiples of 64")
-    return shape
+        numbers = ()
+    if len(numbers) != len(names.split(",")) or min(numbers) < 1 or any(numbers[i] % 64 for i in widths):
+        multiples = " and ".join(names.split(",")[i] for i in widths)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {names}: positive numbers, {multiples} multiples of 64")
+    return numbers
+
+
+def _layer(text: str) -> tuple[int, ...]:
+    return _numbers(text, "T,D,F,E,K", 1, 2)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return _numbers(text, "M,K,N,G", 1, 2)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import jmoe
+from pallas_kernels import tune
+from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_weight_gradient
 
 CASES = [
     # tokens, experts, top_k, options
@@ -412,3 +414,22 @@ def test_on_a_hopper_gpu_rows_are_gathered_inside_the_kernels(biased, lower_for_
     assert program.count("custom_call @mosaic_gpu") == 9  # six matmuls, two combines, the activation's gradient
     # Only the sums that go with the bias take rows of dy outside.
     assert bool(re.search(r"gather.*-> tensor<2000x128xbf16>", program)) == biased
+
+
+def test_the_tuning_of_a_layer_is_of_the_matmuls_that_the_layer_runs(h100, lower_for_cuda, monkeypatch):
+    looked_up = []
+    for kernel in (mosaic_gpu, mosaic_gpu_weight_gradient):
+        monkeypatch.setattr(kernel, "choose_config", lambda problem, rule: looked_up.append(problem) or rule)
+
+    def run(x, w_up, w_down, weight, expert_index, dy):
+        def layer(x, w_up, w_down, weight):
+            return jmoe.moe_mlp(x, w_up, w_down, jmoe.Routing(expert_index, weight))
+
+        return jax.vjp(layer, x, w_up, w_down, weight)[1](dy)
+
+    bf16 = jnp.bfloat16
+    t, d, f, e, k = 1500, 192, 128, 4, 2
+    x, w_up, w_down = ((t, d), bf16), ((e, d, 2 * f), bf16), ((e, f, d), bf16)
+    lower_for_cuda(run, x, w_up, w_down, ((t, k), jnp.float32), ((t, k), jnp.int32), x)
+    with h100():
+        assert set(looked_up) == {task.problem for task in tune.layer_tasks(t, d, f, e, k)}
