@@ -19,7 +19,7 @@ from jmoe.expert_parallel import ShardAxes, sharded_mlps
 from jmoe.losses import expert_load, load_balancing_loss, router_z_loss
 from jmoe.mlp import WeightOn
 from jmoe.parameters import SharedExpert, create_mlp_parameters, mlp_parameters
-from jmoe.routing import Routing, Score, ScoreOrder, is_present, route_top_k
+from jmoe.routing import Routing, Score, ScoreOrder, is_present, log_score, route_top_k
 from jmoe.sharding import as_axes, mesh_axes, partitioned, reshard, shardable_axes, token_spec
 from pallas_kernels import Implementation
 
@@ -272,7 +272,7 @@ class MoE(nnx.Module):
         self, logits: Float[Array, "T E"], routing: Routing, mask: Bool[Array, " T"] | None, axes: ShardAxes
     ) -> MoEAux:
         # The loss needs scores that sum to 1 (for sigmoids: DeepSeek-V3, arXiv 2412.19437, equation 19).
-        scores = jax.nn.softmax(logits if self.score == "softmax" else jax.nn.log_sigmoid(logits))
+        scores = jax.nn.softmax(logits if self.score == "softmax" else log_score(logits, self.score))
         num_tokens = jnp.asarray(logits.shape[0]) if mask is None else mask.sum()
         num_present = is_present(routing.expert_index, self.num_experts).sum()
         wanted, present = lax.psum((num_tokens * self.top_k, num_present), axes.tokens)
