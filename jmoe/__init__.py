@@ -1,6 +1,6 @@
 """Dropless Mixture-of-Experts for JAX: routing, dispatch, expert MLPs and the layer around them."""
 
-from jmoe import linen
+from jmoe import linen, routers
 from jmoe.activations import Activation
 from jmoe.debug import debug_checks
 from jmoe.dispatch import Dispatch, make_dispatch
@@ -29,4 +29,5 @@ __all__ = [
     "partition_spec",
     "route_top_k",
     "router_z_loss",
+    "routers",
 ]

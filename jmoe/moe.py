@@ -19,8 +19,9 @@ from jmoe.expert_parallel import ShardAxes, sharded_mlps
 from jmoe.losses import expert_load, load_balancing_loss, router_z_loss
 from jmoe.mlp import WeightOn
 from jmoe.parameters import SharedExpert, create_mlp_parameters, mlp_parameters
-from jmoe.routing import Routing, Score, ScoreOrder, is_present, log_score, route_top_k
-from jmoe.sharding import as_axes, mesh_axes, partitioned, reshard, shardable_axes, token_spec
+from jmoe.routers.linear import LinearRouter, Route
+from jmoe.routing import Assignments, Routing, Score, ScoreOrder, is_present, log_score, route_top_k
+from jmoe.sharding import as_axes, mesh_axes, reshard, shardable_axes, token_spec
 from pallas_kernels import Implementation
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -38,7 +39,7 @@ class MoEAux:
         router_z_loss: f32[] (`jmoe.router_z_loss`).
         expert_load: f32[E], each expert's share of the assignments; sums to 1.
         dropped_fraction: f32[], the share of the tokens' K assignments that no expert got; 0 in a dropless
-            layer.
+            layer, and where a router of a varying number of experts gives more than K.
     """
 
     load_balancing_loss: Float[Array, ""]
@@ -69,6 +70,13 @@ class MoE(nnx.Module):
         score_order: as in `jmoe.route_top_k`.
         normalize: as in `jmoe.route_top_k`.
         scale: as in `jmoe.route_top_k`.
+        router: what routes instead of `jmoe.route_top_k`. Either a function of the logits, `route(logits[T, E],
+            *, mask=None) -> Routing | Assignments`, such as a `functools.partial` of one in `jmoe.routers`; or
+            a module in place of the linear router, `router(x[T, D], *, mask=None) -> (Routing | Assignments,
+            logits[T, E])`, such as `jmoe.routers.BiasCorrectedRouter`. A function gets `mask` only
+            where the layer is called with one. K is then only what `dropped_fraction` counts with, and `score` how the
+            load-balancing loss reads the logits; the other options are the router's own. On a mesh a router
+            sees the tokens of one shard.
         weight_on: as in `jmoe.moe_mlp`.
         router_jitter: where `rngs` are passed to a call, the router's input is multiplied with noise, uniform
             in `1 +- router_jitter` (Switch Transformer, arXiv 2101.03961, section 2.4).
@@ -86,7 +94,8 @@ class MoE(nnx.Module):
         rngs: random keys for the parameters (stream "params").
 
     Raises:
-        ValueError: a size is not positive, `top_k` is more than `num_experts`, or a name is unknown.
+        ValueError: a size is not positive, `top_k` is more than `num_experts`, a name is unknown, or options of
+            `jmoe.route_top_k` are given beside a router.
 
     Example:
         >>> import jax.numpy as jnp
@@ -110,6 +119,7 @@ class MoE(nnx.Module):
         score_order: ScoreOrder = "before_top_k",
         normalize: bool = True,
         scale: float = 1.0,
+        router: nnx.Module | Route | None = None,
         weight_on: WeightOn = "output",
         router_jitter: float = 0.0,
         shared_hidden_features: int = 0,
@@ -146,14 +156,17 @@ class MoE(nnx.Module):
         self.param_dtype = param_dtype
         self.implementation: Implementation | None = implementation
 
-        self.router = nnx.Linear(
-            features,
-            num_experts,
-            use_bias=False,
-            param_dtype=param_dtype,
-            kernel_init=partitioned(kernel_init, ("embed", None)),
-            rngs=rngs,
-        )
+        options = {"score_order": score_order, "normalize": normalize, "scale": scale}
+        if router is None:
+            router, options = route_top_k, {"k": top_k, "score": score, **options}
+        elif options != {"score_order": "before_top_k", "normalize": True, "scale": 1.0}:
+            raise ValueError(f"router is given beside {options}; leave these out, and give the router its own options.")
+        else:
+            options = {}
+        if not isinstance(router, nnx.Module):
+            dtype_and_init = {"param_dtype": param_dtype, "kernel_init": kernel_init}
+            router = LinearRouter(features, num_experts, router, **dtype_and_init, rngs=rngs, **options)
+        self.router: Any = router
         create = functools.partial(
             create_mlp_parameters,
             features,
@@ -200,7 +213,7 @@ class MoE(nnx.Module):
             router_x = x * (1 + noise)
         inputs = _Inputs(x, router_x, mask)
         parameters = _Parameters(
-            self.router.kernel[...],
+            nnx.state(self.router),
             mlp_parameters(self),
             None if self.shared is None else mlp_parameters(self.shared),
         )
@@ -239,15 +252,8 @@ class MoE(nnx.Module):
             mask = inputs.mask.reshape(num_tokens)
             x, router_x = jnp.where(mask[:, None], x, 0), jnp.where(mask[:, None], router_x, 0)
 
-        logits = _router_logits(router_x, parameters.router_kernel)  # [T, E]
-        routing = route_top_k(
-            logits,
-            self.top_k,
-            score=self.score,
-            score_order=self.score_order,
-            normalize=self.normalize,
-            scale=self.scale,
-        )
+        router = nnx.merge(nnx.graphdef(self.router), parameters.router)
+        routing, logits = router(router_x, mask=mask)
         if mask is not None:
             routing = routing.masked(mask)
         aux = self._aux(logits, routing, mask, axes)
@@ -269,7 +275,11 @@ class MoE(nnx.Module):
         return y.reshape(*batch_shape, self.features), aux
 
     def _aux(
-        self, logits: Float[Array, "T E"], routing: Routing, mask: Bool[Array, " T"] | None, axes: ShardAxes
+        self,
+        logits: Float[Array, "T E"],
+        routing: Routing | Assignments,
+        mask: Bool[Array, " T"] | None,
+        axes: ShardAxes,
     ) -> MoEAux:
         # The loss needs scores that sum to 1 (for sigmoids: DeepSeek-V3, arXiv 2412.19437, equation 19).
         scores = jax.nn.softmax(logits if self.score == "softmax" else log_score(logits, self.score))
@@ -280,7 +290,7 @@ class MoE(nnx.Module):
             load_balancing_loss=load_balancing_loss(scores, routing, mask=mask, axis_name=axes.tokens),
             router_z_loss=router_z_loss(logits, mask=mask, axis_name=axes.tokens),
             expert_load=expert_load(routing, self.num_experts, axis_name=axes.tokens),
-            dropped_fraction=(wanted - present) / jnp.maximum(wanted, 1).astype(jnp.float32),
+            dropped_fraction=jnp.maximum(wanted - present, 0) / jnp.maximum(wanted, 1).astype(jnp.float32),
         )
 
     def _shard_axes(self, tokens: PartitionSpec) -> ShardAxes:
@@ -324,12 +334,6 @@ class _Inputs(NamedTuple):
 class _Parameters(NamedTuple):
     """The layer's parameters as arrays; or, of each, the partition spec."""
 
-    router_kernel: Any
+    router: Any
     experts: Any
     shared: Any
-
-
-@jax.checkpoint  # or a float32 copy of x would be kept for the backward
-def _router_logits(x: Float[Array, "T D"], kernel: Float[Array, "D E"]) -> Float[Array, "T E"]:
-    dtype = jnp.promote_types(jnp.result_type(x, kernel), jnp.float32)
-    return jnp.dot(x.astype(dtype), kernel.astype(dtype), precision="highest")

@@ -1,0 +1,13 @@
+"""Routers: which experts tokens go to, one family a file.
+
+A routing function is called as `route(logits[T, E], ..., mask=None)` and returns a `jmoe.Routing`, or
+`jmoe.Assignments` where the number of experts per token varies; `jmoe.route_top_k` is the plainest. A router
+is a module with the parameters and the state of one, called as `router(x[T, D], mask=None)`; it returns the
+routing and the logits. `jmoe.MoE(router=...)` takes either, and a callable of one's own that is like one.
+"""
+
+from jmoe.routers.linear import LinearRouter
+
+__all__ = [
+    "LinearRouter",
+]
