@@ -6,8 +6,13 @@ is a module with the parameters and the state of one, called as `router(x[T, D],
 routing and the logits. `jmoe.MoE(router=...)` takes either, and a callable of one's own that is like one.
 """
 
+from jmoe.routers.bias_corrected import BiasCorrectedRouter, SelectionBias
+from jmoe.routers.group_limited import route_group_limited
 from jmoe.routers.linear import LinearRouter
 
 __all__ = [
+    "BiasCorrectedRouter",
     "LinearRouter",
+    "SelectionBias",
+    "route_group_limited",
 ]
