@@ -7,6 +7,7 @@ routing and the logits. `jmoe.MoE(router=...)` takes either, and a callable of o
 """
 
 from jmoe.routers.bias_corrected import BiasCorrectedRouter, SelectionBias
+from jmoe.routers.expert_choice import route_expert_choice
 from jmoe.routers.group_limited import route_group_limited
 from jmoe.routers.linear import LinearRouter
 
@@ -14,5 +15,6 @@ __all__ = [
     "BiasCorrectedRouter",
     "LinearRouter",
     "SelectionBias",
+    "route_expert_choice",
     "route_group_limited",
 ]
