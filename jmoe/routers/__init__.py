@@ -10,11 +10,17 @@ from jmoe.routers.bias_corrected import BiasCorrectedRouter, SelectionBias
 from jmoe.routers.expert_choice import route_expert_choice
 from jmoe.routers.group_limited import route_group_limited
 from jmoe.routers.linear import LinearRouter
+from jmoe.routers.relu import L1Coefficient, ReLURouter, relu_density, relu_l1_loss, route_relu
 
 __all__ = [
     "BiasCorrectedRouter",
+    "L1Coefficient",
     "LinearRouter",
+    "ReLURouter",
     "SelectionBias",
+    "relu_density",
+    "relu_l1_loss",
     "route_expert_choice",
     "route_group_limited",
+    "route_relu",
 ]
