@@ -9,6 +9,7 @@ routing and the logits. `jmoe.MoE(router=...)` takes either, and a callable of o
 from jmoe.routers.bias_corrected import BiasCorrectedRouter, SelectionBias
 from jmoe.routers.expert_choice import route_expert_choice
 from jmoe.routers.group_limited import route_group_limited
+from jmoe.routers.hash import balanced_hash_table, random_hash_table, route_hash
 from jmoe.routers.linear import LinearRouter
 from jmoe.routers.relu import L1Coefficient, ReLURouter, relu_density, relu_l1_loss, route_relu
 
@@ -18,9 +19,12 @@ __all__ = [
     "LinearRouter",
     "ReLURouter",
     "SelectionBias",
+    "balanced_hash_table",
+    "random_hash_table",
     "relu_density",
     "relu_l1_loss",
     "route_expert_choice",
     "route_group_limited",
+    "route_hash",
     "route_relu",
 ]
