@@ -12,6 +12,7 @@ from jmoe.routers.group_limited import route_group_limited
 from jmoe.routers.hash import balanced_hash_table, random_hash_table, route_hash
 from jmoe.routers.linear import LinearRouter
 from jmoe.routers.relu import L1Coefficient, ReLURouter, relu_density, relu_l1_loss, route_relu
+from jmoe.routers.token_rounding import route_token_rounding
 
 __all__ = [
     "BiasCorrectedRouter",
@@ -27,4 +28,5 @@ __all__ = [
     "route_group_limited",
     "route_hash",
     "route_relu",
+    "route_token_rounding",
 ]
