@@ -13,6 +13,7 @@ from jmoe.routers.hash import balanced_hash_table, random_hash_table, route_hash
 from jmoe.routers.linear import LinearRouter
 from jmoe.routers.relu import L1Coefficient, ReLURouter, relu_density, relu_l1_loss, route_relu
 from jmoe.routers.token_rounding import route_token_rounding
+from jmoe.routers.zero_experts import split_zero_experts
 
 __all__ = [
     "BiasCorrectedRouter",
@@ -29,4 +30,5 @@ __all__ = [
     "route_hash",
     "route_relu",
     "route_token_rounding",
+    "split_zero_experts",
 ]
