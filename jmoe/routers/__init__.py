@@ -12,6 +12,7 @@ from jmoe.routers.group_limited import route_group_limited
 from jmoe.routers.hash import balanced_hash_table, random_hash_table, route_hash
 from jmoe.routers.linear import LinearRouter
 from jmoe.routers.relu import L1Coefficient, ReLURouter, relu_density, relu_l1_loss, route_relu
+from jmoe.routers.sparsemixer import route_sparsemixer
 from jmoe.routers.token_rounding import route_token_rounding
 from jmoe.routers.zero_experts import split_zero_experts
 
@@ -29,6 +30,7 @@ __all__ = [
     "route_group_limited",
     "route_hash",
     "route_relu",
+    "route_sparsemixer",
     "route_token_rounding",
     "split_zero_experts",
 ]
