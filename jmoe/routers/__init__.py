@@ -10,6 +10,7 @@ from jmoe.routers.bias_corrected import BiasCorrectedRouter, SelectionBias
 from jmoe.routers.expert_choice import route_expert_choice
 from jmoe.routers.group_limited import route_group_limited
 from jmoe.routers.hash import balanced_hash_table, random_hash_table, route_hash
+from jmoe.routers.hyper import HyperNetwork, HyperRouter
 from jmoe.routers.linear import LinearRouter
 from jmoe.routers.relu import L1Coefficient, ReLURouter, relu_density, relu_l1_loss, route_relu
 from jmoe.routers.sparsemixer import route_sparsemixer
@@ -18,6 +19,8 @@ from jmoe.routers.zero_experts import split_zero_experts
 
 __all__ = [
     "BiasCorrectedRouter",
+    "HyperNetwork",
+    "HyperRouter",
     "L1Coefficient",
     "LinearRouter",
     "ReLURouter",
