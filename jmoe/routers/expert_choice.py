@@ -19,7 +19,8 @@ def route_expert_choice(
 
     The load is perfect; a token may get any number of experts, none too. Its weights are its scores, which
     are taken over the experts. Every token of the batch can change what another one gets, so this is no
-    router for generating token by token, nor does it keep the future out of a causal model.
+    router for generating token by token, nor does it keep the future out of a causal model. A NaN counts as
+    the largest score; the token's own output is NaN and no other token's.
 
     Args:
         logits: [T, E], the router's output, of any floating-point dtype.
