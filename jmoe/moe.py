@@ -76,7 +76,8 @@ class MoE(nnx.Module):
             logits[T, E])`, such as `jmoe.routers.BiasCorrectedRouter`. A function gets `mask` only
             where the layer is called with one. K is then only what `dropped_fraction` counts with, and `score` how the
             load-balancing loss reads the logits; the other options are the router's own. On a mesh a router
-            sees the tokens of one shard.
+            sees the tokens of one shard. A call works on a copy, so changes that it makes to the router's
+            variables are lost: make them in a method that the training step calls.
         weight_on: as in `jmoe.moe_mlp`.
         router_jitter: where `rngs` are passed to a call, the router's input is multiplied with noise, uniform
             in `1 +- router_jitter` (Switch Transformer, arXiv 2101.03961, section 2.4).
