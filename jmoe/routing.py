@@ -1,6 +1,7 @@
 """Routing: which experts each token goes to, and with what weight."""
 
 import dataclasses
+import math
 from typing import Literal, Self, get_args, no_type_check
 
 import jax
@@ -82,7 +83,7 @@ def route_top_k(
     *,
     score: Score = "softmax",
     score_order: ScoreOrder = "before_top_k",
-    normalize: bool = True,
+    normalize: bool | float = True,
     scale: float = 1.0,
     mask: Bool[Array, " T"] | None = None,
 ) -> Routing:
@@ -104,7 +105,9 @@ def route_top_k(
         score_order: whether the softmax is over all E logits ("before_top_k") or over the k chosen ones
             ("after_top_k": Mixtral, arXiv 2401.04088, section 2.1). The same for the other scores, and the
             same for a softmax that is normalised.
-        normalize: whether a token's k weights are divided by their sum.
+        normalize: whether a token's k weights are divided by their sum; or the p of a p-norm that they are divided
+            by, `(sum_j s_j^p)^(1/p)`, as MegaBlocks' `moe_normalize_expert_weights`: more than 0, `math.inf` for
+            the largest.
         scale: a factor on all weights, after the normalisation (`routed_scaling_factor` of DeepSeek-V3).
         mask: bool[T], false for tokens whose assignments are to be absent, such as padding.
 
@@ -113,7 +116,7 @@ def route_top_k(
         float32[T, k].
 
     Raises:
-        ValueError: k, `score` or `score_order` is not one of the values above, or `logits` is not a
+        ValueError: k, `score`, `score_order` or `normalize` is not one of the values above, or `logits` is not a
             floating-point matrix.
 
     Example:
@@ -155,23 +158,30 @@ def weight_chosen(
     *,
     score: Score,
     score_order: ScoreOrder = "before_top_k",
-    normalize: bool,
+    normalize: bool | float,
     scale: float,
 ) -> Float[Array, "T K"]:
     """Computes the weights of chosen experts from all logits and theirs, as `route_top_k` says."""
     if score_order not in ("before_top_k", "after_top_k"):
         raise ValueError(f"score_order is {score_order!r}; it must be 'before_top_k' or 'after_top_k'.")
+    if not isinstance(normalize, bool) and not normalize > 0:
+        raise ValueError(f"normalize is {normalize}; it must be True, False or the p of a p-norm, more than 0.")
     # In the logarithm nothing underflows, so that weights sum to 1 even where every score of a token is tiny.
     if score != "softmax":
         log_weight = log_score(chosen, score)
-    elif normalize:
+    elif normalize is not False:
         # A softmax over all experts would only subtract what the normalisation adds again, and keep [T, E] for the
         # backward.
         log_weight = chosen
     else:
         over = logits if score_order == "before_top_k" else chosen
         log_weight = chosen - jax.nn.logsumexp(over, axis=1, keepdims=True)
-    weight = _softmax(log_weight) if normalize else jnp.exp(log_weight)
+    if normalize is False:
+        weight = jnp.exp(log_weight)
+    elif normalize == 1:
+        weight = _softmax(log_weight)
+    else:
+        weight = jnp.exp(log_weight - _log_norm(log_weight, normalize))
     is_one = isinstance(scale, int | float) and scale == 1  # a traced scale is not compared
     return weight if is_one else scale * weight
 
@@ -190,6 +200,13 @@ def log_score(logits: Float[Array, "T N"], score: Score) -> Float[Array, "T N"]:
             return jnp.where(is_small, logits, log_softplus) / 2
     *names, last = map(repr, get_args(Score))
     raise ValueError(f"score is {score!r}; it must be {', '.join(names)} or {last}.")
+
+
+def _log_norm(log_weight: Float[Array, "T K"], p: float) -> Float[Array, "T 1"]:
+    """Computes the logarithm of the p-norm of each token's weights."""
+    if p == math.inf:
+        return log_weight.max(axis=1, keepdims=True)
+    return jax.nn.logsumexp(p * log_weight, axis=1, keepdims=True) / p
 
 
 @jax.custom_jvp

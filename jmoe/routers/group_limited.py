@@ -21,7 +21,7 @@ def route_group_limited(
     group_score: GroupScore = "top_2_sum",
     score: Score = "sigmoid",
     selection_bias: Float[Array, " E"] | None = None,
-    normalize: bool = True,
+    normalize: bool | float = True,
     scale: float = 1.0,
     mask: Bool[Array, " T"] | None = None,
 ) -> Routing:

@@ -1,5 +1,7 @@
 """Routing: which experts tokens go to, with what weight."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,29 @@ def test_weights_follow_the_formulas(score, score_order, normalize, logits, rela
     np.testing.assert_array_equal(routing.expert_index, expected_index)
     assert routing.weight.dtype == jnp.float32
     assert relative_error(routing.weight, 2.5 * weight) < 1e-6
+
+
+@pytest.mark.parametrize("p", [1, 2, 0.5, 3.0, math.inf])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_weights_may_be_divided_by_a_p_norm(p, score, logits, relative_error):
+    routing = jax.jit(lambda z: jmoe.route_top_k(z, 3, score=score, normalize=p))(logits)
+    z = np.asarray(logits, np.float64)
+    s = softmax(z) if score == "softmax" else 1 / (1 + np.exp(-z))
+    s = np.take_along_axis(s, np.asarray(routing.expert_index), axis=1)
+    assert relative_error(routing.weight, s / np.linalg.norm(s, ord=p, axis=1, keepdims=True)) < 1e-6
+
+
+def test_gradients_of_a_p_norm_match_finite_differences():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(1)
+        logits, direction, dw = (rng.standard_normal(s) for s in ((4, 5), (4, 5), (4, 2)))
+
+        def loss(logits):
+            return jnp.sum(jmoe.route_top_k(logits, 2, score="sigmoid", normalize=2).weight * dw)
+
+        slope = np.sum(np.asarray(jax.grad(loss)(jnp.asarray(logits))) * direction)
+        up, down = (loss(jnp.asarray(logits + sign * 1e-6 * direction)) for sign in (1, -1))
+        np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-6)
 
 
 def test_the_defaults_are_a_normalised_softmax_before_top_k(logits):
@@ -138,6 +163,8 @@ def test_routings_pass_through_jit_vmap_and_eval_shape(logits):
         ({"k": 0}, "k is 0; it must be between 1 and the number of experts, 8"),
         ({"k": 9}, "k is 9"),
         ({"score": "tanh"}, "score is 'tanh'; it must be 'softmax', 'sigmoid' or 'sqrt_softplus'"),
+        ({"normalize": 0}, "normalize is 0; it must be True, False or the p of a p-norm, more than 0"),
+        ({"normalize": -2.0}, "normalize is -2.0"),
         ({"score_order": "first"}, "score_order is 'first'"),
         ({"logits": jnp.ones((2, 3, 8))}, r"logits is float32\[2, 3, 8\]"),
         ({"logits": jnp.ones((2, 8), jnp.int32)}, r"logits is int32"),
