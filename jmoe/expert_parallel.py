@@ -18,11 +18,19 @@ from pallas_kernels import Implementation
 
 @dataclasses.dataclass(frozen=True)
 class ShardAxes:
-    """The mesh axes that a layer is sharded over inside `jax.shard_map`; all empty on one device."""
+    """The mesh axes that a layer is sharded over inside `jax.shard_map`; all empty on one device.
+
+    Attributes:
+        tokens: of the tokens.
+        experts: of the experts.
+        hidden: of the hidden widths.
+        sequence: those of `tokens` that the tokens of one sequence are spread over.
+    """
 
     tokens: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    sequence: tuple[str, ...] = ()
 
 
 def sharded_mlps(

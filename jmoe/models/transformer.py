@@ -15,7 +15,8 @@ from jmoe.models.config import LayerGroup, LayerKind, TransformerConfig
 from jmoe.models.layers import MLP, RMSNorm, backward_apart
 from jmoe.models.mesh import batch_spec, with_auto_axes
 from jmoe.models.vocabulary import vocabulary_matmul
-from jmoe.moe import MoE, MoEAux
+from jmoe.moe import MoE
+from jmoe.moe_aux import MoEAux
 from jmoe.sharding import partitioned
 
 # Variance 1 / D: tied, it gives logits of about unit variance.
@@ -274,5 +275,6 @@ def _no_moe_layers(config: TransformerConfig) -> MoEAux:
         load_balancing_loss=jnp.zeros(0),
         router_z_loss=jnp.zeros(0),
         expert_load=jnp.zeros((0, config.num_experts)),
+        mean_score=jnp.zeros((0, config.num_experts)),
         dropped_fraction=jnp.zeros(0),
     )

@@ -4,11 +4,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jmoe.routers.group_limited import route_group_limited
-from jmoe.routers.linear import LinearRouter, linear_logits
-from jmoe.routing import Routing
+from jmoe.routers.linear import LinearRouter
+from jmoe.routing import Assignments, Routing
 
 
 class SelectionBias(nnx.Variable):
@@ -55,28 +55,52 @@ class BiasCorrectedRouter(LinearRouter):
         self.update_rate = update_rate
         self.bias = SelectionBias(jnp.zeros(num_experts, jnp.float32))
 
-    def __call__(
-        self, x: Float[Array, "T D"], *, mask: Bool[Array, " T"] | None = None
-    ) -> tuple[Routing, Float[Array, "T E"]]:
-        """Routes tokens, as `LinearRouter` does."""
-        logits = linear_logits(x, self.kernel[...])
-        return route_group_limited(logits, selection_bias=self.bias[...], mask=mask, **dict(self.options)), logits
+    def __call__(self, x: Float[Array, "T D"], /, **inputs: Any) -> tuple[Routing | Assignments, Float[Array, "T E"]]:
+        """Routes tokens, as `Router` says."""
+        return super().__call__(x, selection_bias=self.bias[...], **inputs)
 
-    def update_bias(self, expert_load: Float[Array, " E"]) -> None:
-        """Moves each bias by `update_rate`: up where the expert got less than the mean load, down where more.
+    def update_bias(self, expert_load: Float[Array, "*layers E"]) -> None:
+        """Moves each bias by `update_rate`, as `updated_bias` does.
 
         Args:
-            expert_load: [E], shares or counts of the assignments. All equal, as where there was no token,
-                they change nothing.
+            expert_load: [E], shares or counts of the assignments of a step, over the whole batch; [layers, E] for
+                routers that are stacked.
 
         Raises:
             ValueError: `expert_load` has another shape.
         """
-        if expert_load.shape != self.bias.shape:
-            raise ValueError(
-                f"expert_load has shape {list(expert_load.shape)}; it must be {list(self.bias.shape)}, as in the aux "
-                "of the layer."
-            )
-        # Taken from the least, equal loads are exactly zero and no rounding of their mean moves a bias.
-        excess = expert_load - expert_load.min()
-        self.bias[...] += self.update_rate * jnp.sign(excess.mean() - excess)
+        self.bias[...] = updated_bias(self.bias[...], expert_load, self.update_rate)
+
+
+def updated_bias(
+    bias: Float[Array, "*layers E"], expert_load: Float[Array, "*layers E"], update_rate: float
+) -> Float[Array, "*layers E"]:
+    """Moves each bias by `update_rate`: up where the expert got less than the mean load, down where more.
+
+    Args:
+        bias: [E], of one layer, or [layers, E].
+        expert_load: [E], shares or counts of the assignments. All equal, as where there was no token, they change
+            nothing.
+        update_rate: how far.
+
+    Returns:
+        The new bias.
+
+    Raises:
+        ValueError: `expert_load` has another shape than `bias`.
+
+    Source: Wang et al., arXiv 2408.15664, algorithm 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jmoe
+        >>> jmoe.routers.updated_bias(jnp.zeros(3), jnp.array([4, 1, 1]) / 6, 0.5).tolist()
+        [-0.5, 0.5, 0.5]
+    """
+    if expert_load.shape != bias.shape:
+        raise ValueError(
+            f"expert_load has shape {list(expert_load.shape)}; it must be {list(bias.shape)}, as in the layer's aux."
+        )
+    # Taken from the least, equal loads are exactly zero and no rounding of their mean moves a bias.
+    excess = expert_load - expert_load.min(axis=-1, keepdims=True)
+    return bias + update_rate * jnp.sign(excess.mean(axis=-1, keepdims=True) - excess)

@@ -20,7 +20,8 @@ def route_expert_choice(
     The load is perfect; a token may get any number of experts, none too. Its weights are its scores, which
     are taken over the experts. Every token of the batch can change what another one gets, so this is no
     router for generating token by token, nor does it keep the future out of a causal model. A NaN counts as
-    the largest score; the token's own output is NaN and no other token's.
+    the largest score; the token's own output is NaN and no other token's. On a mesh `jmoe.MoE` has experts choose
+    among the tokens of each shard by themselves: `capacity` is per shard.
 
     Args:
         logits: [T, E], the router's output, of any floating-point dtype.

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from jmoe.routers.router import Router
 from jmoe.routing import Routing, check_top_k
 
 
@@ -34,6 +36,41 @@ def route_hash(
     routing = Routing(expert_index, jnp.full(expert_index.shape, 1 / k, jnp.float32))
     routing = routing.masked((token_ids >= 0) & (token_ids < vocabulary))
     return routing if mask is None else routing.masked(mask)
+
+
+class HashTable(nnx.Variable):
+    """The variable of a table that stays as it is: no parameter."""
+
+
+class HashRouter(Router):
+    """Routes by the tokens' ids, which the layer is called with: `moe(x, token_ids=ids)`.
+
+    It has no logits, so that the layer's losses are 0.
+
+    Args:
+        table: int[V, K], as in `route_hash`.
+
+    Source: Roller et al., arXiv 2106.04426.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import jmoe
+        >>> router = jmoe.routers.HashRouter(jnp.array([[0], [1], [1]]))
+        >>> moe = jmoe.MoE(16, 32, num_experts=2, router=router, rngs=nnx.Rngs(0))
+        >>> moe(jnp.ones((4, 16)), token_ids=jnp.array([2, 0, 1, 1]))[1].expert_load.tolist()
+        [0.25, 0.75]
+    """
+
+    def __init__(self, table: Int[Array, "V K"]):
+        self.table = HashTable(table)
+
+    def __call__(
+        self, x: Float[Array, "T D"], /, *, token_ids: Int[Array, " T"], mask: Bool[Array, " T"] | None = None
+    ) -> tuple[Routing, None]:
+        """Routes tokens, as `Router` says."""
+        del x
+        return route_hash(token_ids, self.table[...], mask=mask), None
 
 
 def random_hash_table(key: Array, vocabulary: int, num_experts: int, k: int = 1) -> Int32[Array, "V K"]:

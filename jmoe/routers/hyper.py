@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from jmoe.routers.linear import Route, apply_route, linear_logits
+from jmoe.routers.linear import LogitsRouter, linear_logits
+from jmoe.routers.router import Route
 from jmoe.routing import Assignments, Routing
 
 
@@ -15,7 +16,7 @@ class HyperNetwork(nnx.Variable):
     """The variable of a network that stays as it was drawn: no parameter."""
 
 
-class HyperRouter(nnx.Module):
+class HyperRouter(LogitsRouter):
     """Routes by `logits = x @ kernel`, where `kernel = reshape(relu(embedding @ w_in) @ w_out)`.
 
     Only the embedding is trained: less than a trained kernel, whose experts may collapse, and more than a
@@ -32,7 +33,7 @@ class HyperRouter(nnx.Module):
         rngs: random keys (stream "params").
         **options: keyword arguments of `route`.
 
-    Source: Do et al., arXiv 2312.07035, section 3.2.
+    Source: Do et al., arXiv 2312.07035. Their published network has tanh where this one has ReLU.
 
     Example:
         >>> import jax.numpy as jnp
@@ -56,9 +57,8 @@ class HyperRouter(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        super().__init__(route, options)
         self.num_experts = num_experts
-        self.route = route
-        self.options = tuple(sorted(options.items()))
         # The kernel's elements get a variance of 1 / D, as if drawn themselves.
         init, init_relu = nnx.initializers.lecun_normal(), nnx.initializers.he_normal()
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (embedding_features,), param_dtype))
@@ -72,9 +72,6 @@ class HyperRouter(nnx.Module):
         hidden = jax.nn.relu(self.embedding[...] @ self.w_in[...])
         return (hidden @ self.w_out[...]).reshape(-1, self.num_experts)
 
-    def __call__(
-        self, x: Float[Array, "T D"], *, mask: Bool[Array, " T"] | None = None
-    ) -> tuple[Routing | Assignments, Float[Array, "T E"]]:
-        """Routes tokens, as `LinearRouter` does."""
-        logits = linear_logits(x, self.kernel)
-        return apply_route(self.route, logits, mask, self.options), logits
+    def __call__(self, x: Float[Array, "T D"], /, **inputs: Any) -> tuple[Routing | Assignments, Float[Array, "T E"]]:
+        """Routes tokens, as `Router` says."""
+        return self.routed(linear_logits(x, self.kernel), inputs)

@@ -1,30 +1,59 @@
 """The linear router: logits by a matrix, and a function that routes by them."""
 
-from collections.abc import Callable
+import functools
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Initializer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from jmoe.routing import Assignments, Routing
+from jmoe.routers.router import Route, Router, with_inputs
+from jmoe.routing import Assignments, Routing, Score
 from jmoe.sharding import partitioned
 
-Route = Callable[..., Routing | Assignments]
-"""A routing function: `route(logits[T, E], *, mask=None, **options)`, like `jmoe.route_top_k`."""
+
+class LogitsRouter(Router):
+    """Routes by logits: what routers have in common that differ in how they make these.
+
+    Args:
+        route: `route(logits, *, mask=None, **options) -> Routing | Assignments`. It gets inputs as a `Router` does.
+        options: keyword arguments of `route`. Routers with equal options compare as equal, which stacking layers
+            needs and `functools.partial` does not give.
+    """
+
+    def __init__(self, route: Route, options: dict[str, Any]):
+        self.route = route
+        self.options = tuple(sorted(options.items()))
+
+    @property
+    def score(self) -> Score:
+        """The routing function's own `score`; "softmax" for one that has none."""
+        parameter = inspect.signature(self._bound_route).parameters.get("score")
+        return "softmax" if parameter is None or parameter.default is parameter.empty else parameter.default
+
+    def routed(
+        self, logits: Float[Array, "T E"], inputs: dict[str, Any]
+    ) -> tuple[Routing | Assignments, Float[Array, "T E"]]:
+        """Routes by logits; returns both, as a router's call does."""
+        return with_inputs(self._bound_route, logits, inputs), logits
+
+    @property
+    def _bound_route(self) -> Route:
+        return functools.partial(self.route, **dict(self.options))
 
 
-class LinearRouter(nnx.Module):
+class LinearRouter(LogitsRouter):
     """Routes by `logits = x @ kernel`, in float32 whatever the dtype of x (float64 for float64).
 
-    The parameter is `kernel` [D, E]. Subclasses change how logits are made or what is done with them.
+    The parameter is `kernel` [D, E].
 
     Args:
         features: D, the width of the tokens.
         num_experts: E, the number of logits.
-        route: `route(logits, *, mask=None, **options) -> Routing | Assignments`.
+        route: `route(logits, *, mask=None, **options) -> Routing | Assignments`. It gets inputs as a `Router` does.
         param_dtype: the dtype of the kernel.
         kernel_init: initializer of the kernel.
         rngs: random keys for the kernel (stream "params").
@@ -52,32 +81,13 @@ class LinearRouter(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        self.route = route
-        self.options = tuple(sorted(options.items()))
+        super().__init__(route, options)
         init = partitioned(kernel_init, ("embed", None))
         self.kernel = nnx.Param(init(rngs.params(), (features, num_experts), param_dtype))
 
-    def __call__(
-        self, x: Float[Array, "T D"], *, mask: Bool[Array, " T"] | None = None
-    ) -> tuple[Routing | Assignments, Float[Array, "T E"]]:
-        """Routes tokens.
-
-        Args:
-            x: [T, D].
-            mask: bool[T], false for tokens that are not to be routed, such as padding.
-
-        Returns:
-            The routing, and the logits for losses.
-        """
-        logits = linear_logits(x, self.kernel[...])
-        return apply_route(self.route, logits, mask, self.options), logits
-
-
-def apply_route(
-    route: Route, logits: Float[Array, "T E"], mask: Bool[Array, " T"] | None, options: tuple[tuple[str, Any], ...]
-) -> Routing | Assignments:
-    """Calls a routing function, which needs no argument `mask` where there is none."""
-    return route(logits, **dict(options)) if mask is None else route(logits, mask=mask, **dict(options))
+    def __call__(self, x: Float[Array, "T D"], /, **inputs: Any) -> tuple[Routing | Assignments, Float[Array, "T E"]]:
+        """Routes tokens, as `Router` says."""
+        return self.routed(linear_logits(x, self.kernel[...]), inputs)
 
 
 @jax.checkpoint  # or a float32 copy of x would be kept for the backward

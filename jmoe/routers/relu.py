@@ -8,6 +8,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jmoe.losses import AxisName, token_mean
 from jmoe.routers.linear import LinearRouter
 from jmoe.routing import Routing, check_top_k, checked_logits
 
@@ -32,7 +33,7 @@ def route_relu(
     Raises:
         ValueError: `max_k` is not between 1 and E, or `logits` is not a floating-point matrix.
 
-    Source: Wang et al. (ReMoE), arXiv 2412.14711, section 3.2.
+    Source: Wang et al. (ReMoE), arXiv 2412.14711.
 
     Example:
         >>> import jax.numpy as jnp
@@ -50,15 +51,26 @@ def route_relu(
     return routing if mask is None else routing.masked(mask)
 
 
-def relu_density(logits: Float[Array, "T E"], *, mask: Bool[Array, " T"] | None = None) -> Float[Array, ""]:
-    """Computes the share of positive logits: 1 minus the sparsity of the paper; 0 where no token is left."""
-    positive = logits > 0 if mask is None else (logits > 0) & mask[:, None]
-    num_tokens = logits.shape[0] if mask is None else mask.sum()
-    return positive.sum() / jnp.maximum(num_tokens * logits.shape[1], 1).astype(jnp.float32)
+def relu_density(
+    logits: Float[Array, "T E"], *, mask: Bool[Array, " T"] | None = None, axis_name: AxisName = ()
+) -> Float[Array, ""]:
+    """Computes the share of positive logits: 1 minus the sparsity of the paper; 0 where no token is left.
+
+    Args:
+        logits: [T, E], the router's output.
+        mask: bool[T], false for tokens that enter no statistic, such as padding.
+        axis_name: as in `jmoe.load_balancing_loss`.
+    """
+    return token_mean(logits > 0, mask, axis_name).mean()
 
 
 def relu_l1_loss(
-    logits: Float[Array, "T E"], k: int, *, balance: bool = True, mask: Bool[Array, " T"] | None = None
+    logits: Float[Array, "T E"],
+    k: int,
+    *,
+    balance: bool = True,
+    mask: Bool[Array, " T"] | None = None,
+    axis_name: AxisName = (),
 ) -> Float[Array, ""]:
     """Computes the L1 norm of a token's routing weights, by default weighted by the load of the experts.
 
@@ -70,20 +82,19 @@ def relu_l1_loss(
         k: the mean number of experts per token that is aimed at.
         balance: whether experts that get more are pressed down more.
         mask: bool[T], false for tokens that enter no statistic, such as padding.
+        axis_name: as in `jmoe.load_balancing_loss`.
 
     Returns:
         A scalar in float32 (float64 for float64 logits); 0 where no token is left.
 
-    Source: Wang et al. (ReMoE), arXiv 2412.14711, sections 3.3 and 3.4.
+    Source: Wang et al. (ReMoE), arXiv 2412.14711.
     """
     logits = checked_logits(logits)
     check_top_k(k, logits.shape[1])
-    weight = jax.nn.relu(logits) if mask is None else jnp.where(mask[:, None], jax.nn.relu(logits), 0)
-    num_tokens = jnp.maximum(logits.shape[0] if mask is None else mask.sum(), 1)
+    weight = token_mean(jax.nn.relu(logits), mask, axis_name)  # [E]
     if balance:
-        count = jnp.sum(weight > 0, axis=0)
-        weight *= logits.shape[1] / (k * num_tokens) * count
-    return weight.sum() / num_tokens
+        weight *= logits.shape[1] / k * token_mean(logits > 0, mask, axis_name)
+    return weight.sum()
 
 
 class L1Coefficient(nnx.Variable):
@@ -93,8 +104,10 @@ class L1Coefficient(nnx.Variable):
 class ReLURouter(LinearRouter):
     """A linear router with `route_relu`, and the weight of its L1 loss.
 
-    The training step adds `router.l1_coefficient[...] * relu_l1_loss(logits, k)` to the objective, and calls
-    `router.update_l1(density)` once for each step.
+    The layer's `aux.router` holds `l1_loss` (`relu_l1_loss`) and `density` (`relu_density`), both over the whole
+    batch. The training step adds `router.l1_coefficient[...] * aux.router["l1_loss"]` to the objective, and calls
+    `router.update_l1(aux.router["density"])` once. In the paper a model has one coefficient and one density, the
+    mean over its layers: give that to the routers of all layers, and their coefficients stay equal.
 
     Args:
         features: D.
@@ -106,7 +119,7 @@ class ReLURouter(LinearRouter):
         rngs: as in `LinearRouter`.
         **options: those of `LinearRouter`.
 
-    Source: Wang et al. (ReMoE), arXiv 2412.14711, section 3.3, where `initial_l1` is 1e-8 and `l1_factor` 1.2.
+    Source: Wang et al. (ReMoE), arXiv 2412.14711, where `initial_l1` is 1e-8 and `l1_factor` 1.2.
 
     Example:
         >>> import jax.numpy as jnp
@@ -132,9 +145,19 @@ class ReLURouter(LinearRouter):
     ):
         check_top_k(k, num_experts)
         super().__init__(features, num_experts, route_relu, max_k=max_k, rngs=rngs, **options)
+        self.k = k
         self.target_density = k / num_experts
         self.l1_factor = l1_factor
         self.l1_coefficient = L1Coefficient(jnp.asarray(initial_l1, jnp.float32))
+
+    def statistics(
+        self, logits: Float[Array, "T E"], *, mask: Bool[Array, " T"] | None = None, axis_name: AxisName = ()
+    ) -> dict[str, Float[Array, "..."]]:
+        """Computes what the loss and its control need: `l1_loss` and `density`."""
+        return {
+            "l1_loss": relu_l1_loss(logits, self.k, mask=mask, axis_name=axis_name),
+            "density": relu_density(logits, mask=mask, axis_name=axis_name),
+        }
 
     def update_l1(self, density: Float[Array, ""]) -> None:
         """Multiplies the coefficient with `l1_factor` where more experts are active than wanted, divides where fewer.

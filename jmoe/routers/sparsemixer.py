@@ -29,7 +29,8 @@ def route_sparsemixer(
     Args:
         logits: [T, E], the router's output, of any floating-point dtype.
         k: experts per token; 2 in the paper.
-        key: a JAX random key in training; None to take the best experts.
+        key: a JAX random key in training, as the layer gives it where it is called with `rngs`; None to take the
+            best experts.
         jitter: how near to the best one a candidate is.
         mask: as in `jmoe.route_top_k`.
 
@@ -39,8 +40,8 @@ def route_sparsemixer(
     Raises:
         ValueError: k is not between 1 and E, `jitter` is negative, or `logits` is not a floating-point matrix.
 
-    Source: Liu et al. (GRIN), arXiv 2409.12136, section 2.2; Liu et al., arXiv 2310.00811, algorithm 1; as in
-    Phi-3.5-MoE.
+    Source: Liu et al. (GRIN), arXiv 2409.12136 (SparseMixer-v2); Liu et al., arXiv 2310.00811; the numbers
+    of Microsoft's Phi-3.5-MoE (`sparsemixer` of its `modeling_phimoe.py`).
 
     Example:
         >>> import jax.numpy as jnp

@@ -18,7 +18,7 @@ def route_token_rounding(
     block_rows: int = 128,
     rounding: Rounding = "nearest",
     score: Score = "softmax",
-    normalize: bool = True,
+    normalize: bool | float = True,
     scale: float = 1.0,
     mask: Bool[Array, " T"] | None = None,
 ) -> Assignments:
@@ -51,7 +51,11 @@ def route_token_rounding(
     Raises:
         ValueError: an argument is not one of the values above.
 
-    Source: Guo et al. (SonicMoE), arXiv 2512.14080, section 5.
+    On a mesh `jmoe.MoE` routes the tokens of each shard by themselves: what experts get is whole blocks from each
+    shard.
+
+    Source: Guo et al. (SonicMoE), arXiv 2512.14080, "token rounding". Unlike there, where the weights are scores that
+    are not normalised, `normalize` is the user's choice.
 
     Example:
         >>> import jax.numpy as jnp

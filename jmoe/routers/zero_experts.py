@@ -3,12 +3,13 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jmoe.routing import Routing
+from jmoe.routing import Assignments, Routing
+from pallas_kernels.rows import sum_rows
 
 
-def split_zero_experts(
-    routing: Routing, num_experts: int, *, num_identity: int = 0
-) -> tuple[Routing, Float[Array, " T"]]:
+def split_zero_experts[R: Routing | Assignments](
+    routing: R, num_experts: int, num_tokens: int, num_identity: int = 0
+) -> tuple[R, Float[Array, " T"]]:
     """Splits the assignments to experts without parameters from those to the E experts that compute.
 
     A router with logits for E experts, then `num_identity` identity experts, then any number of zero experts,
@@ -17,9 +18,12 @@ def split_zero_experts(
 
     `y = moe_mlp(x, ..., computed) + identity_weight[:, None] * x`.
 
+    `jmoe.MoE(num_identity_experts=..., num_zero_experts=...)` does this.
+
     Args:
         routing: of a router over all of these experts.
         num_experts: E, the experts that compute; indices [0, E).
+        num_tokens: T.
         num_identity: the identity experts; indices [E, E + num_identity). All after these are zero experts.
 
     Returns:
@@ -29,14 +33,14 @@ def split_zero_experts(
     Raises:
         ValueError: `num_experts` is not positive or `num_identity` is negative.
 
-    Source: Jin et al. (MoE++), arXiv 2410.07348, section 3.1 (zero and copy experts); Meituan (LongCat-Flash),
-    arXiv 2509.01322, section 2.1 (identity experts).
+    Source: Jin et al. (MoE++), arXiv 2410.07348 (zero and copy experts); Meituan (LongCat-Flash), arXiv 2509.01322
+    (identity experts).
 
     Example:
         >>> import jax.numpy as jnp
         >>> import jmoe
         >>> routing = jmoe.route_top_k(jnp.array([[0.0, 9.0, 9.0, -9.0]]), 2)  # two experts, one identity, one zero
-        >>> computed, identity_weight = jmoe.routers.split_zero_experts(routing, 2, num_identity=1)
+        >>> computed, identity_weight = jmoe.routers.split_zero_experts(routing, 2, 1, num_identity=1)
         >>> computed.expert_index.tolist(), identity_weight.tolist()
         ([[1, -1]], [0.5])
     """
@@ -46,5 +50,10 @@ def split_zero_experts(
         )
     index = routing.expert_index
     is_identity = (index >= num_experts) & (index < num_experts + num_identity)
-    identity_weight = jnp.sum(jnp.where(is_identity, routing.weight, 0), axis=1)
+    weight = jnp.where(is_identity, routing.weight, 0)
+    if isinstance(routing, Assignments):
+        token_index = routing.token_index.astype(jnp.int32)
+        identity_weight = sum_rows(weight[:, None], token_index, num_tokens)[:, 0]
+    else:
+        identity_weight = weight.sum(axis=1)
     return routing.where(index < num_experts), identity_weight

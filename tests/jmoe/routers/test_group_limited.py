@@ -1,6 +1,5 @@
 """Group-limited top-k, the bias on the selection, and the router whose bias follows the load."""
 
-import dataclasses
 import functools
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jmoe
-from jmoe.routers import BiasCorrectedRouter, SelectionBias, route_group_limited
+from jmoe.routers import BiasCorrectedRouter, SelectionBias, route_group_limited, updated_bias
 
 SCORES = {
     "softmax": lambda z: np.exp(z - z.max()) / np.exp(z - z.max()).sum(),
@@ -126,7 +125,7 @@ def test_bad_arguments_raise(options, message, logits):
 
 def make_moe(**options):
     router = BiasCorrectedRouter(8, 6, 2, num_groups=3, top_k_groups=2, **options, rngs=nnx.Rngs(1))
-    return jmoe.MoE(8, 10, 6, 2, score="sigmoid", router=router, rngs=nnx.Rngs(0))
+    return jmoe.MoE(8, 10, 6, router=router, rngs=nnx.Rngs(0))
 
 
 def tokens(*batch):
@@ -185,8 +184,38 @@ def test_the_layer_on_a_mesh_equals_the_one_on_one_device(relative_error):
     with jax.set_mesh(mesh):
         y, aux = apply(moe, jax.device_put(x, jax.NamedSharding(mesh, jax.P("data"))))
     assert relative_error(y, expected) < 1e-6
-    for field in dataclasses.fields(aux):
-        np.testing.assert_allclose(getattr(aux, field.name), getattr(expected_aux, field.name), rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), aux, expected_aux)
+
+
+def test_stacked_biases_are_updated_layer_by_layer():
+    loads = jnp.array([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    biases = updated_bias(jnp.ones((2, 3)), loads, 0.25)
+    assert biases.tolist() == [[0.75, 0.75, 1.25], [1.25, 1.25, 0.75]]
+
+
+def test_the_linen_layer_keeps_the_bias_in_a_collection_of_its_own():
+    layer = jmoe.linen.MoE(
+        8, 10, 6, router=BiasCorrectedRouter(8, 6, 2, num_groups=3, top_k_groups=2, rngs=nnx.Rngs(1))
+    )
+    x = tokens(20)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+    assert set(variables) == {"params", "SelectionBias"}
+    assert set(variables["params"]["router"]) == {"kernel"}
+    apply = jax.jit(lambda variables: layer.apply(variables, x))
+    biases = variables["SelectionBias"]["router"]
+    load = apply(variables)[1].expert_load
+    assert updated_bias(biases["bias"], load, 0.5).shape == (6,)
+    biases["bias"] = jnp.array([0.0, 0.0, 0.0, 0.0, 9.0, 9.0])
+    assert apply(variables)[1].expert_load.tolist() == [0, 0, 0, 0, 0.5, 0.5]
+
+
+def test_the_load_balancing_loss_reads_logits_as_the_router_does():
+    moe, x = make_moe(), tokens(20)
+    _, aux = nnx.jit(lambda moe, x: moe(x))(moe, x)
+    routing, logits = moe.router(x)
+    scores = jax.nn.sigmoid(logits)
+    scores /= scores.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(aux.load_balancing_loss, jmoe.load_balancing_loss(scores, routing), rtol=1e-5)
 
 
 @pytest.mark.usefixtures("without_annotation_checks")

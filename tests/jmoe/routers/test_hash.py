@@ -1,11 +1,16 @@
 """Hash routing: a table from token ids to experts."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import AxisType
 
-from jmoe.routers import balanced_hash_table, random_hash_table, route_hash
+import jmoe
+from jmoe.routers import HashRouter, balanced_hash_table, random_hash_table, route_hash
 
 
 def test_tokens_go_where_the_table_says_with_equal_weights():
@@ -42,6 +47,54 @@ def test_a_balanced_table_gives_each_token_to_the_least_loaded_expert():
         expected[token] = load.index(min(load))
         load[expected[token]] += counts[token]
     assert balanced_hash_table(counts, 3)[:, 0].tolist() == [expected[t] for t in range(30)]
+
+
+@pytest.mark.parametrize("axis_type", [None, AxisType.Auto, AxisType.Explicit])
+def test_the_layer_passes_token_ids_to_the_router(axis_type, relative_error):
+    table = jnp.array([[0, 1], [2, 1], [3, 0]])
+    moe = jmoe.MoE(8, 10, 4, activation="relu", router=HashRouter(table), rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((4, 6, 8)), jnp.float32)
+    ids, mask = jnp.asarray(rng.integers(0, 3, (4, 6))), jnp.asarray(rng.random((4, 6)) < 0.8)
+    mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(axis_type,) * 2) if axis_type else None
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        y, aux = nnx.jit(lambda moe, x: moe(x, mask=mask, token_ids=ids))(moe, x)
+    expected, count = np.zeros((4, 6, 8)), np.zeros(4)
+    w_up, w_down = np.asarray(moe.w_up[...]), np.asarray(moe.w_down[...])
+    for place in map(tuple, np.argwhere(mask)):
+        for e in np.asarray(table[ids[place]]):
+            expected[place] += np.maximum(np.asarray(x[place]) @ w_up[e], 0) @ w_down[e] / 2
+            count[e] += 1
+    assert relative_error(y, expected) < 2e-6
+    np.testing.assert_allclose(aux.expert_load, count / count.sum(), rtol=1e-6)
+    assert aux.load_balancing_loss == aux.router_z_loss == 0
+
+
+def test_the_table_is_no_parameter_and_the_linen_layer_takes_it_too():
+    router = HashRouter(jnp.array([[0], [1]]))
+    assert not jax.tree.leaves(nnx.state(router, nnx.Param))
+    layer, x, ids = jmoe.linen.MoE(8, 10, 2, router=router), jnp.ones((3, 8)), jnp.array([1, 1, 0])
+    variables = layer.init(jax.random.key(0), x, token_ids=ids)
+    assert set(variables["params"]) == {"w_up", "w_down"}
+    aux = jax.jit(layer.apply)(variables, x, token_ids=ids)[1]
+    np.testing.assert_allclose(aux.expert_load, [1 / 3, 2 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "token_ids is missing: the router needs it, so call the layer with it"),
+        (
+            {"token_ids": jnp.zeros(3, int), "ids": jnp.zeros(3, int)},
+            "ids is given, and the router has no such argument",
+        ),
+        ({"token_ids": jnp.zeros(4, int)}, r"token_ids is \[4\]; it must be \[3, '...'\]"),
+    ],
+)
+def test_other_inputs_than_the_router_takes_raise(inputs, message):
+    moe = jmoe.MoE(8, 10, 2, router=HashRouter(jnp.array([[0], [1]])), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        moe(jnp.ones((3, 8)), **inputs)
 
 
 def test_more_experts_than_there_are_raise():

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 import jmoe
 from jmoe.routers import ReLURouter, relu_density, relu_l1_loss, route_relu
@@ -72,7 +74,7 @@ def test_the_coefficient_grows_where_too_many_experts_are_active_and_shrinks_whe
 
 
 def test_a_layer_routes_by_relu():
-    moe = jmoe.MoE(4, 8, 6, 2, router=ReLURouter(4, 6, 2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    moe = jmoe.MoE(4, 8, 6, router=ReLURouter(4, 6, 2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, 4)), jnp.float32)
     y, _ = moe(x)
     tokens = x.reshape(-1, 4)
@@ -80,6 +82,52 @@ def test_a_layer_routes_by_relu():
     expected = jmoe.moe_mlp(tokens, moe.w_up[...], moe.w_down[...], routing)
     np.testing.assert_allclose(y.reshape(-1, 4), expected, rtol=1e-5, atol=1e-6)
     assert "l1_coefficient" not in nnx.state(moe, nnx.Param).router
+
+
+def test_the_layers_aux_has_what_the_loss_needs_over_all_tokens_of_a_mesh():
+    moe = jmoe.MoE(4, 8, 6, router=ReLURouter(4, 6, 2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 5, 4)), jnp.float32)
+    mask = jnp.asarray(np.random.default_rng(1).random((8, 5)) < 0.7)
+    kernel = np.asarray(moe.router.kernel[...], np.float64)
+    z = np.asarray(x, np.float64)[np.asarray(mask)] @ kernel
+    l1_loss = sum(6 / 2 * (z[:, e] > 0).mean() * np.maximum(z[:, e], 0).mean() for e in range(6))
+
+    def loss(moe, x):
+        _, aux = moe(x, mask=mask)
+        return aux.router["l1_loss"], aux
+
+    run = nnx.jit(nnx.value_and_grad(loss, has_aux=True))
+    (value, aux), gradients = run(moe, x)
+    np.testing.assert_allclose(value, l1_loss, rtol=1e-5)
+    np.testing.assert_allclose(aux.router["density"], (z > 0).mean(), rtol=1e-6)
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)):
+        (value, aux), gradients_on_mesh = run(moe, x)
+    np.testing.assert_allclose(value, l1_loss, rtol=1e-5)
+    np.testing.assert_allclose(aux.router["density"], (z > 0).mean(), rtol=1e-6)
+    np.testing.assert_allclose(gradients_on_mesh.router.kernel, gradients.router.kernel, rtol=1e-4, atol=1e-6)
+
+
+def test_a_training_step_brings_the_density_to_its_target():
+    router = ReLURouter(4, 8, 2, initial_l1=1e-3, rngs=nnx.Rngs(0))
+    moe = jmoe.MoE(4, 8, 8, router=router, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(moe, optax.adam(3e-2), wrt=nnx.Param)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 4)), jnp.float32)
+    x = x.at[:, 0].set(1.0)  # of tokens that are symmetric around 0, a linear router likes half
+
+    @nnx.jit
+    def step(moe, optimizer):
+        def loss(moe):
+            y, aux = moe(x)
+            return jnp.mean((y - x) ** 2) + moe.router.l1_coefficient[...] * aux.router["l1_loss"], aux
+
+        gradients, aux = nnx.grad(loss, has_aux=True)(moe)
+        optimizer.update(moe, gradients)
+        moe.router.update_l1(aux.router["density"])
+        return aux.router["density"]
+
+    densities = [float(step(moe, optimizer)) for _ in range(90)]
+    assert densities[0] > 0.4
+    np.testing.assert_allclose(densities[-20:], 0.25, atol=0.05)
 
 
 def test_a_bound_that_is_no_number_of_experts_raises(logits):
