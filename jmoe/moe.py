@@ -168,7 +168,7 @@ class MoE(nnx.Module):
                 raise ValueError(f"router is a {type(router).__name__}; a module must be a jmoe.routers.Router.")
             dtype_and_init = {"param_dtype": param_dtype, "kernel_init": kernel_init}
             router = LinearRouter(features, self._num_logits, router, **dtype_and_init, rngs=rngs, **options)
-        self.router: Router = router
+        self.router: Any = router  # a `Router`, whose variables are read by their names
         create = functools.partial(
             create_mlp_parameters,
             features,

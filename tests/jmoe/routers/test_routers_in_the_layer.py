@@ -61,6 +61,7 @@ class Farthest(routers.Router):
         return jmoe.Routing(worst, jnp.ones(worst.shape)), logits
 
     def statistics(self, logits, *, mask=None, axis_name=()):
+        assert mask is not None
         return {"tokens": jax.lax.psum(mask.sum().astype(jnp.float32), axis_name)}
 
 
