@@ -1,8 +1,8 @@
 """The MoE layer for Flax Linen: the NNX layer behind Flax's own bridge, with the same parameters and numbers.
 
 `jmoe.linen.MoE` takes the arguments of `jmoe.MoE` but `rngs`, and a `name`; it returns a Linen module that is
-called with `(x, *, mask=None)`. Parameters keep their names (`router/kernel`, `w_up`, ...) and carry their
-logical axes as `nn.LogicallyPartitioned`, Linen's own box for them (`nn.unbox` takes it off).
+called with `(x, *, mask=None, **router_inputs)`. Parameters keep their names (`router/kernel`, `w_up`, ...) and
+carry their logical axes as `nn.LogicallyPartitioned`, Linen's own box for them (`nn.unbox` takes it off).
 
 Example:
     >>> import jax, jax.numpy as jnp

@@ -75,7 +75,8 @@ def sequence_balancing_loss(
     Raises:
         ValueError: `num_sequences` does not divide T.
 
-    Source: DeepSeek-V3, arXiv 2412.19437, equations 17 to 20 ("complementary sequence-wise auxiliary loss").
+    Source: DeepSeek-V3, arXiv 2412.19437, equations 17 to 20 ("complementary sequence-wise auxiliary loss"), where the
+    load is that of the largest scores; here it is that of the routing, which a selection bias may have changed.
 
     Example:
         >>> import jax, jax.numpy as jnp

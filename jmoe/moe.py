@@ -341,6 +341,8 @@ class MoE(nnx.Module):
             raise ValueError(
                 f"mask is {mask.dtype}{list(mask.shape)}; it must be bool{list(x.shape[:-1])}: one for each token of x."
             )
+        if "key" in router_inputs:
+            raise ValueError("key is given; random keys for the router come from rngs=flax.nnx.Rngs(...).")
         for name, array in router_inputs.items():
             if array.shape[: x.ndim - 1] != x.shape[:-1]:
                 raise ValueError(

@@ -38,7 +38,7 @@ def route_expert_choice(
     Raises:
         ValueError: an argument is not one of the values above.
 
-    Source: Zhou et al., arXiv 2202.09368, section 3.2.
+    Source: Zhou et al., arXiv 2202.09368.
 
     Example:
         >>> import jax.numpy as jnp

@@ -23,7 +23,7 @@ def route_hash(
     Returns:
         A `Routing` with weights in float32.
 
-    Source: Roller et al., arXiv 2106.04426, section 3.
+    Source: Roller et al., arXiv 2106.04426.
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,7 +88,7 @@ def random_hash_table(key: Array, vocabulary: int, num_experts: int, k: int = 1)
     Raises:
         ValueError: k is not between 1 and E.
 
-    Source: Roller et al., arXiv 2106.04426, section 3.1, "random hash".
+    Source: Roller et al., arXiv 2106.04426, "random hash".
     """
     check_top_k(k, num_experts)
     return jax.lax.top_k(jax.random.uniform(key, (vocabulary, num_experts)), k)[1]
@@ -106,7 +106,7 @@ def balanced_hash_table(token_counts: np.ndarray | Float[Array, " V"], num_exper
     Returns:
         int32[V, 1].
 
-    Source: Roller et al., arXiv 2106.04426, section 3.1, "balanced hash".
+    Source: Roller et al., arXiv 2106.04426, "balanced hash".
 
     Example:
         >>> import numpy as np
