@@ -306,7 +306,8 @@ class MoE(nnx.Module):
             routing = routing.masked(mask)
 
         num_sequences = math.prod(batch_shape[:-1]) if self.load_balancing == "sequence" else None
-        return routing, moe_aux(router, routing, logits, self._num_logits, axes, mask=mask, num_sequences=num_sequences)
+        sizes = num_tokens, self._num_logits
+        return routing, moe_aux(router, routing, logits, *sizes, axes, mask=mask, num_sequences=num_sequences)
 
     @property
     def _num_logits(self) -> int:

@@ -5,12 +5,13 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jmoe.expert_parallel import ShardAxes
 from jmoe.losses import expert_load, load_balancing_loss, router_z_loss, sequence_balancing_loss, token_mean
 from jmoe.routers.router import Router
-from jmoe.routing import Assignments, Routing, log_score
+from jmoe.routing import Assignments, Routing, is_present, log_score
 
 
 @no_type_check  # JAX also builds pytrees of other shapes and of things that are no arrays
@@ -27,6 +28,7 @@ class MoEAux:
             parameters, they follow the others.
         mean_score: f32[E], the mean over the tokens of each expert's score, which the load-balancing loss is made of;
             for `jmoe.pooled_balancing_loss`.
+        experts_per_token: f32[], how many experts a token has on average: K, where the router does not vary it.
         dropped_fraction: f32[], the share of the router's assignments that the layer dropped; 0 in a dropless layer.
         router: what the router tells of itself (`jmoe.routers.Router.statistics`), by name; nothing as a rule.
     """
@@ -35,6 +37,7 @@ class MoEAux:
     router_z_loss: Float[Array, ""]
     expert_load: Float[Array, " E"]
     mean_score: Float[Array, " E"]
+    experts_per_token: Float[Array, ""]
     dropped_fraction: Float[Array, ""]
     router: dict[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
 
@@ -43,6 +46,7 @@ def moe_aux(
     router: Router,
     routing: Routing | Assignments,
     logits: Float[Array, "T E"] | None,
+    num_tokens: int,
     num_logits: int,
     axes: ShardAxes,
     *,
@@ -55,6 +59,7 @@ def moe_aux(
         router: what has routed.
         routing: what the router gave, masked.
         logits: the same; without any, the losses are 0.
+        num_tokens: T.
         num_logits: how many experts there are, those without parameters among them.
         axes: the mesh axes that the tokens are sharded over.
         mask: bool[T], false for tokens that enter no statistic.
@@ -64,10 +69,14 @@ def moe_aux(
         ValueError: the router gives another number of logits.
     """
     over_tokens: dict[str, Any] = {"mask": mask, "axis_name": axes.tokens}
-    load = expert_load(routing, num_logits, **over_tokens)
+    load = expert_load(routing, num_logits, axis_name=axes.tokens)
+    num_present = is_present(routing.expert_index, num_logits).sum()
+    unmasked = jnp.asarray(num_tokens) if mask is None else mask.sum()
+    num_present, unmasked = lax.psum((num_present, unmasked), axes.tokens)
+    experts_per_token = num_present / jnp.maximum(unmasked, 1).astype(jnp.float32)
     zero = jnp.zeros((), jnp.float32)
     if logits is None:
-        return MoEAux(zero, zero, load, jnp.zeros_like(load), zero)
+        return MoEAux(zero, zero, load, jnp.zeros_like(load), experts_per_token, zero)
     if logits.ndim != 2 or logits.shape[1] != num_logits:
         raise ValueError(
             f"the router gives logits {list(logits.shape)}; they must be [T, {num_logits}]: as many as num_experts, "
@@ -87,6 +96,7 @@ def moe_aux(
         router_z_loss=router_z_loss(logits, **over_tokens),
         expert_load=load,
         mean_score=token_mean(scores, **over_tokens),
+        experts_per_token=experts_per_token,
         dropped_fraction=zero,
         router=router.statistics(logits, **over_tokens),
     )

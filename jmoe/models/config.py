@@ -58,7 +58,7 @@ class TransformerConfig:
         norm_eps: Added to the mean square in every RMSNorm.
         tie_embeddings: Whether the output projection is the input embedding.
         max_sequence_length: Longest sequence the model accepts, in tokens.
-        router_score: How router logits become scores: "softmax" or "sigmoid".
+        router_score: How router logits become scores: "softmax", "sigmoid" or "sqrt_softplus".
         router_score_order: Whether scores are taken "before_top_k" or "after_top_k".
         router_normalize: Whether a token's K routing weights are divided by their sum.
         router_scale: Factor on the routing weights.

@@ -307,5 +307,6 @@ def _no_moe_layers(config: TransformerConfig) -> MoEAux:
         router_z_loss=jnp.zeros(0),
         expert_load=jnp.zeros((0, config.num_experts)),
         mean_score=jnp.zeros((0, config.num_experts)),
+        experts_per_token=jnp.zeros(0),
         dropped_fraction=jnp.zeros(0),
     )

@@ -43,7 +43,7 @@ def test_weights_follow_the_formulas(score, score_order, normalize, logits, rela
     assert relative_error(routing.weight, 2.5 * weight) < 1e-6
 
 
-@pytest.mark.parametrize("p", [1, 2, 0.5, 3.0, math.inf])
+@pytest.mark.parametrize("p", [1.0, 2.0, 0.5, 3.0, math.inf])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_weights_may_be_divided_by_a_p_norm(p, score, logits, relative_error):
     routing = jax.jit(lambda z: jmoe.route_top_k(z, 3, score=score, normalize=p))(logits)
@@ -59,7 +59,7 @@ def test_gradients_of_a_p_norm_match_finite_differences():
         logits, direction, dw = (rng.standard_normal(s) for s in ((4, 5), (4, 5), (4, 2)))
 
         def loss(logits):
-            return jnp.sum(jmoe.route_top_k(logits, 2, score="sigmoid", normalize=2).weight * dw)
+            return jnp.sum(jmoe.route_top_k(logits, 2, score="sigmoid", normalize=2.0).weight * dw)
 
         slope = np.sum(np.asarray(jax.grad(loss)(jnp.asarray(logits))) * direction)
         up, down = (loss(jnp.asarray(logits + sign * 1e-6 * direction)) for sign in (1, -1))

@@ -31,7 +31,7 @@ def numpy_route(logits, k, num_groups, top_k_groups, group_score, score, bias, n
         candidates = [e for e in range(len(z)) if e // size in kept]
         chosen = sorted(candidates, key=lambda e: -(s + bias)[e])[:k]
         index.append(chosen)
-        weight.append(scale * s[chosen] / (s[chosen].sum() if normalize else 1))
+        weight.append(scale * s[chosen] / (np.linalg.norm(s[chosen], ord=int(normalize)) if normalize else 1))
     return np.array(index), np.array(weight)
 
 
@@ -42,7 +42,7 @@ def logits():
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
 @pytest.mark.parametrize("group_score", ["max", "top_2_sum"])
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("normalize", [True, False, 2.0])
 def test_experts_and_weights_follow_the_formulas(score, group_score, normalize, logits, relative_error):
     bias = np.random.default_rng(1).standard_normal(12).astype(np.float32) / 5
     routing = jax.jit(

@@ -100,6 +100,7 @@ def test_the_layers_aux_has_what_the_loss_needs_over_all_tokens_of_a_mesh():
     (value, aux), gradients = run(moe, x)
     np.testing.assert_allclose(value, l1_loss, rtol=1e-5)
     np.testing.assert_allclose(aux.router["density"], (z > 0).mean(), rtol=1e-6)
+    np.testing.assert_allclose(aux.experts_per_token, 6 * (z > 0).mean(), rtol=1e-6)
     with jax.set_mesh(jax.make_mesh((2, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)):
         (value, aux), gradients_on_mesh = run(moe, x)
     np.testing.assert_allclose(value, l1_loss, rtol=1e-5)

@@ -37,6 +37,7 @@ def test_a_function_of_ones_own_may_route(relative_error):
     assert relative_error(y, expected) < 2e-6
     assert aux.expert_load.tolist() == [0, 0, 0, 0, 0, 1]
     assert aux.dropped_fraction == 0
+    assert aux.experts_per_token == 1
 
 
 @pytest.mark.parametrize("mask", [None, jnp.arange(5) < 3], ids=["all", "masked"])
@@ -137,6 +138,7 @@ def test_masked_tokens_change_nothing_whatever_they_hold(route, relative_error):
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
         assert relative_error(a, b) < 1e-5
     np.testing.assert_allclose(aux.expert_load, expected_aux.expert_load, rtol=1e-6)
+    np.testing.assert_allclose(aux.experts_per_token, expected_aux.experts_per_token, rtol=1e-6)
 
 
 HYPER = routers.HyperRouter(8, 6, jmoe.route_top_k, k=2, rngs=nnx.Rngs(1))
