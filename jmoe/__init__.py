@@ -1,12 +1,19 @@
 """Dropless Mixture-of-Experts for JAX: routing, dispatch, expert MLPs and the layer around them."""
 
-from jmoe import linen
+from jmoe import linen, routers
 from jmoe.activations import Activation
 from jmoe.debug import debug_checks
 from jmoe.dispatch import Dispatch, make_dispatch
-from jmoe.losses import expert_load, load_balancing_loss, router_z_loss
+from jmoe.losses import (
+    expert_load,
+    load_balancing_loss,
+    pooled_balancing_loss,
+    router_z_loss,
+    sequence_balancing_loss,
+)
 from jmoe.mlp import moe_mlp
-from jmoe.moe import MoE, MoEAux
+from jmoe.moe import MoE
+from jmoe.moe_aux import MoEAux
 from jmoe.routing import Assignments, Routing, route_top_k
 from jmoe.sharding import LOGICAL_AXIS_RULES, logical_axis_rules, named_sharding, partition_spec
 
@@ -27,6 +34,9 @@ __all__ = [
     "moe_mlp",
     "named_sharding",
     "partition_spec",
+    "pooled_balancing_loss",
     "route_top_k",
     "router_z_loss",
+    "routers",
+    "sequence_balancing_loss",
 ]

@@ -12,22 +12,30 @@ from jaxtyping import Array, Float
 
 from jmoe.activations import Activation, activate, is_gated
 from jmoe.mlp import ExpertParameters, WeightOn, moe_mlp
-from jmoe.routing import Routing
+from jmoe.routing import Assignments, Routing
 from pallas_kernels import Implementation
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardAxes:
-    """The mesh axes that a layer is sharded over inside `jax.shard_map`; all empty on one device."""
+    """The mesh axes that a layer is sharded over inside `jax.shard_map`; all empty on one device.
+
+    Attributes:
+        tokens: of the tokens.
+        experts: of the experts.
+        hidden: of the hidden widths.
+        sequence: those of `tokens` that the tokens of one sequence are spread over.
+    """
 
     tokens: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    sequence: tuple[str, ...] = ()
 
 
 def sharded_mlps(
     x: Float[Array, "T D"],
-    routing: Routing,
+    routing: Routing | Assignments,
     experts: ExpertParameters,
     shared: ExpertParameters | None,
     axes: ShardAxes,
@@ -57,8 +65,8 @@ def sharded_mlps(
     """
     split_hidden = functools.partial(_hidden_slice, gated=is_gated(activation), axes=axes.hidden)
 
-    x, routing = _gather_tokens((x, routing), axes.hidden, axes)
-    all_x, all_routing = _gather_tokens((x, routing), axes.experts, axes)
+    x, routing = _gather_routed(x, routing, axes.hidden, axes)
+    all_x, all_routing = _gather_routed(x, routing, axes.experts, axes)
     all_y = moe_mlp(
         all_x,
         routing=_local_experts(all_routing, experts.w_up.shape[0], axes.experts),
@@ -73,10 +81,18 @@ def sharded_mlps(
     return _reduce_tokens(y, axes.hidden, axes)
 
 
-def _gather_tokens[T](tree: T, over: tuple[str, ...], axes: ShardAxes) -> T:
+def _gather_routed[R: Routing | Assignments](
+    x: Float[Array, "T D"], routing: R, over: tuple[str, ...], axes: ShardAxes
+) -> tuple[Float[Array, "all_T D"], R]:
     """Collects the tokens that are sharded over these axes; without that, every shard has them already."""
     over = tuple(axis for axis in over if axis in axes.tokens)
-    return jax.tree.map(lambda array: lax.all_gather(array, over, axis=0, tiled=True), tree) if over else tree
+    if not over:
+        return x, routing
+    if isinstance(routing, Assignments):
+        in_range = (routing.token_index >= 0) & (routing.token_index < x.shape[0])  # of this shard, not of another
+        token_index = routing.token_index + lax.axis_index(over) * x.shape[0]
+        routing = dataclasses.replace(routing, token_index=token_index).where(in_range)
+    return jax.tree.map(lambda array: lax.all_gather(array, over, axis=0, tiled=True), (x, routing))
 
 
 def _reduce_tokens(y: Float[Array, "all_T D"], over: tuple[str, ...], axes: ShardAxes) -> Float[Array, "T D"]:
@@ -87,7 +103,7 @@ def _reduce_tokens(y: Float[Array, "all_T D"], over: tuple[str, ...], axes: Shar
     return lax.psum(y, tuple(axis for axis in over if axis not in axes.tokens))
 
 
-def _local_experts(routing: Routing, num_local: int, over: tuple[str, ...]) -> Routing:
+def _local_experts[R: Routing | Assignments](routing: R, num_local: int, over: tuple[str, ...]) -> R:
     if not over:
         return routing
     local_index = routing.expert_index - lax.axis_index(over) * num_local

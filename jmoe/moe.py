@@ -1,9 +1,8 @@
 """The MoE layer as a Flax NNX module."""
 
-import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,40 +10,25 @@ from flax import nnx
 from flax.typing import Initializer
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jmoe.activations import Activation
 from jmoe.debug import refuse_mesh
 from jmoe.expert_parallel import ShardAxes, sharded_mlps
-from jmoe.losses import expert_load, load_balancing_loss, router_z_loss
 from jmoe.mlp import WeightOn
+from jmoe.moe_aux import MoEAux, moe_aux
 from jmoe.parameters import SharedExpert, create_mlp_parameters, mlp_parameters
-from jmoe.routing import Routing, Score, ScoreOrder, is_present, route_top_k
-from jmoe.sharding import as_axes, mesh_axes, partitioned, reshard, shardable_axes, token_spec
+from jmoe.routers.linear import LinearRouter
+from jmoe.routers.router import Route, Router, with_inputs
+from jmoe.routers.zero_experts import split_zero_experts
+from jmoe.routing import Assignments, Routing, Score, ScoreOrder, route_top_k
+from jmoe.sharding import as_axes, mesh_axes, reshard, shardable_axes, token_spec
 from pallas_kernels import Implementation
+
+LoadBalancing = Literal["layer", "sequence"]
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
-
-
-@no_type_check  # JAX also builds pytrees of other shapes and of things that are no arrays
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MoEAux:
-    """What an MoE layer tells about its routing, over all tokens that the mask leaves.
-
-    Attributes:
-        load_balancing_loss: f32[], 1 at perfect balance (`jmoe.load_balancing_loss`).
-        router_z_loss: f32[] (`jmoe.router_z_loss`).
-        expert_load: f32[E], each expert's share of the assignments; sums to 1.
-        dropped_fraction: f32[], the share of the tokens' K assignments that no expert got; 0 in a dropless
-            layer.
-    """
-
-    load_balancing_loss: Float[Array, ""]
-    router_z_loss: Float[Array, ""]
-    expert_load: Float[Array, " E"]
-    dropped_fraction: Float[Array, ""]
 
 
 class MoE(nnx.Module):
@@ -63,12 +47,20 @@ class MoE(nnx.Module):
         features: D, the width of the input and the output.
         hidden_features: F, the hidden width of one expert.
         num_experts: E.
-        top_k: K, the experts of each token.
+        top_k: K, the experts of each token; not with `router`.
         activation: as in `jmoe.moe_mlp`.
         score: as in `jmoe.route_top_k`.
         score_order: as in `jmoe.route_top_k`.
         normalize: as in `jmoe.route_top_k`.
         scale: as in `jmoe.route_top_k`.
+        router: what routes instead of `jmoe.route_top_k`. Either a function of the logits, such as a
+            `functools.partial` of one in `jmoe.routers`, or a `jmoe.routers.Router`. K, `score` and the other
+            options of routing are then the router's own.
+        num_identity_experts: experts besides the E that return their input, and cost nothing. The router has a logit
+            for each, after those of the E.
+        num_zero_experts: experts that return nothing, after these.
+        load_balancing: what `aux.load_balancing_loss` is over: all tokens of the "layer", or those of each "sequence"
+            (the last but one axis of x) by itself.
         weight_on: as in `jmoe.moe_mlp`.
         router_jitter: where `rngs` are passed to a call, the router's input is multiplied with noise, uniform
             in `1 +- router_jitter` (Switch Transformer, arXiv 2101.03961, section 2.4).
@@ -86,7 +78,8 @@ class MoE(nnx.Module):
         rngs: random keys for the parameters (stream "params").
 
     Raises:
-        ValueError: a size is not positive, `top_k` is more than `num_experts`, or a name is unknown.
+        ValueError: a size is not positive, `top_k` is more than the experts, a name is unknown, options of
+            `jmoe.route_top_k` are given beside a router, or `router` is a module of another kind.
 
     Example:
         >>> import jax.numpy as jnp
@@ -103,13 +96,17 @@ class MoE(nnx.Module):
         features: int,
         hidden_features: int,
         num_experts: int,
-        top_k: int,
+        top_k: int | None = None,
         *,
         activation: Activation = "swiglu",
         score: Score = "softmax",
         score_order: ScoreOrder = "before_top_k",
-        normalize: bool = True,
+        normalize: bool | float = True,
         scale: float = 1.0,
+        router: Router | Route | None = None,
+        num_identity_experts: int = 0,
+        num_zero_experts: int = 0,
+        load_balancing: LoadBalancing = "layer",
         weight_on: WeightOn = "output",
         router_jitter: float = 0.0,
         shared_hidden_features: int = 0,
@@ -125,10 +122,16 @@ class MoE(nnx.Module):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be at least 1.")
-        if shared_hidden_features < 0:
-            raise ValueError(f"shared_hidden_features is {shared_hidden_features}; it must be 0 (none) or more.")
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k is {top_k}; it must be between 1 and num_experts, {num_experts}.")
+        counts = {
+            "shared_hidden_features": shared_hidden_features,
+            "num_identity_experts": num_identity_experts,
+            "num_zero_experts": num_zero_experts,
+        }
+        for name, count in counts.items():
+            if count < 0:
+                raise ValueError(f"{name} is {count}; it must be 0 (none) or more.")
+        if load_balancing not in ("layer", "sequence"):
+            raise ValueError(f"load_balancing is {load_balancing!r}; it must be 'layer' or 'sequence'.")
         self.features = features
         self.hidden_features = hidden_features
         self.num_experts = num_experts
@@ -138,6 +141,9 @@ class MoE(nnx.Module):
         self.score_order: ScoreOrder = score_order
         self.normalize = normalize
         self.scale = scale
+        self.num_identity_experts = num_identity_experts
+        self.num_zero_experts = num_zero_experts
+        self.load_balancing: LoadBalancing = load_balancing
         self.weight_on: WeightOn = weight_on
         self.router_jitter = router_jitter
         self.shared_hidden_features = shared_hidden_features
@@ -146,14 +152,23 @@ class MoE(nnx.Module):
         self.param_dtype = param_dtype
         self.implementation: Implementation | None = implementation
 
-        self.router = nnx.Linear(
-            features,
-            num_experts,
-            use_bias=False,
-            param_dtype=param_dtype,
-            kernel_init=partitioned(kernel_init, ("embed", None)),
-            rngs=rngs,
-        )
+        options = {"score": score, "score_order": score_order, "normalize": normalize, "scale": scale}
+        if router is None:
+            if top_k is None or not 1 <= top_k <= self._num_logits:
+                raise ValueError(
+                    f"top_k is {top_k}; without a router it must be between 1 and the number of experts, "
+                    f"{self._num_logits}."
+                )
+            router, options = route_top_k, {"k": top_k, **options}
+        else:
+            _refuse_beside_router(top_k=top_k, **options)
+            options = {}
+        if not isinstance(router, Router):
+            if isinstance(router, nnx.Module):
+                raise ValueError(f"router is a {type(router).__name__}; a module must be a jmoe.routers.Router.")
+            dtype_and_init = {"param_dtype": param_dtype, "kernel_init": kernel_init}
+            router = LinearRouter(features, self._num_logits, router, **dtype_and_init, rngs=rngs, **options)
+        self.router: Any = router  # a `Router`, whose variables are read by their names
         create = functools.partial(
             create_mlp_parameters,
             features,
@@ -175,6 +190,7 @@ class MoE(nnx.Module):
         *,
         mask: Bool[Array, "*batch"] | None = None,
         rngs: nnx.Rngs | None = None,
+        **router_inputs: Shaped[Array, "..."],
     ) -> tuple[Float[Array, "*batch D"], MoEAux]:
         """Applies the layer to each token.
 
@@ -182,7 +198,10 @@ class MoE(nnx.Module):
             x: [..., D].
             mask: bool[...], false for tokens that are not there, such as padding: they are not routed, give
                 zeros, get no gradient and enter no statistic, whatever x holds there.
-            rngs: random keys for the router's noise (stream "router"); without them there is none.
+            rngs: random keys for the router's noise (stream "router"): `router_jitter`, and what the router itself
+                draws; without them there is none.
+            **router_inputs: what the router takes of each token besides x, by name: [..., *], such as the
+                `token_ids` of `jmoe.routers.HashRouter`.
 
         Returns:
             y: [..., D].
@@ -190,17 +209,18 @@ class MoE(nnx.Module):
                 objective.
 
         Raises:
-            ValueError: the shape or dtype of x or mask does not fit, or the mesh does not divide the experts.
+            ValueError: the shape or dtype of x or mask does not fit, the router takes other inputs or gives other
+                logits, or the mesh does not divide the experts.
         """
-        self._check_input(x, mask)
+        self._check_input(x, mask, router_inputs)
         router_x = None
         if self.router_jitter and rngs is not None:
             dtype = jnp.promote_types(x.dtype, jnp.float32)
             noise = jax.random.uniform(rngs.router(), x.shape, dtype, -self.router_jitter, self.router_jitter)
             router_x = x * (1 + noise)
-        inputs = _Inputs(x, router_x, mask)
+        inputs = _Inputs(x, router_x, mask, router_inputs, None if rngs is None else rngs.router())
         parameters = _Parameters(
-            self.router.kernel[...],
+            nnx.state(self.router),
             mlp_parameters(self),
             None if self.shared is None else mlp_parameters(self.shared),
         )
@@ -212,8 +232,9 @@ class MoE(nnx.Module):
         tokens = token_spec(x)
         axes = self._shard_axes(tokens)
         replicated = PartitionSpec()
+        of_tokens = PartitionSpec(*tokens[:-1])
         in_specs = (
-            _Inputs(tokens, tokens, PartitionSpec(*tokens[:-1])),
+            _Inputs(tokens, tokens, of_tokens, of_tokens, replicated),
             _Parameters(replicated, PartitionSpec(axes.experts), replicated),
         )
         # Kernels and loops do not say which mesh axes their results vary over, so that is not checked.
@@ -239,18 +260,11 @@ class MoE(nnx.Module):
             mask = inputs.mask.reshape(num_tokens)
             x, router_x = jnp.where(mask[:, None], x, 0), jnp.where(mask[:, None], router_x, 0)
 
-        logits = _router_logits(router_x, parameters.router_kernel)  # [T, E]
-        routing = route_top_k(
-            logits,
-            self.top_k,
-            score=self.score,
-            score_order=self.score_order,
-            normalize=self.normalize,
-            scale=self.scale,
-        )
-        if mask is not None:
-            routing = routing.masked(mask)
-        aux = self._aux(logits, routing, mask, axes)
+        routing, aux = self._route(router_x, mask, inputs, parameters, axes)
+        identity_weight = None
+        if self._num_logits > self.num_experts:
+            num_identity = self.num_identity_experts
+            routing, identity_weight = split_zero_experts(routing, self.num_experts, num_tokens, num_identity)
 
         arrays = [p for p in (*parameters.experts, *(parameters.shared or ())) if p is not None]
         x = x.astype(jnp.result_type(x, *arrays) if self.dtype is None else self.dtype)
@@ -264,24 +278,40 @@ class MoE(nnx.Module):
             weight_on=self.weight_on,
             implementation=self.implementation,
         )  # [T, D]
+        if identity_weight is not None:
+            y += (identity_weight[:, None] * x).astype(y.dtype)
         if mask is not None and parameters.shared is not None:
             y = jnp.where(mask[:, None], y, 0)
         return y.reshape(*batch_shape, self.features), aux
 
-    def _aux(
-        self, logits: Float[Array, "T E"], routing: Routing, mask: Bool[Array, " T"] | None, axes: ShardAxes
-    ) -> MoEAux:
-        # The loss needs scores that sum to 1 (for sigmoids: DeepSeek-V3, arXiv 2412.19437, equation 19).
-        scores = jax.nn.softmax(logits if self.score == "softmax" else jax.nn.log_sigmoid(logits))
-        num_tokens = jnp.asarray(logits.shape[0]) if mask is None else mask.sum()
-        num_present = is_present(routing.expert_index, self.num_experts).sum()
-        wanted, present = lax.psum((num_tokens * self.top_k, num_present), axes.tokens)
-        return MoEAux(
-            load_balancing_loss=load_balancing_loss(scores, routing, mask=mask, axis_name=axes.tokens),
-            router_z_loss=router_z_loss(logits, mask=mask, axis_name=axes.tokens),
-            expert_load=expert_load(routing, self.num_experts, axis_name=axes.tokens),
-            dropped_fraction=(wanted - present) / jnp.maximum(wanted, 1).astype(jnp.float32),
-        )
+    def _route(
+        self,
+        x: Float[Array, "T D"],
+        mask: Bool[Array, " T"] | None,
+        inputs: "_Inputs",
+        parameters: "_Parameters",
+        axes: ShardAxes,
+    ) -> tuple[Routing | Assignments, MoEAux]:
+        """Routes the tokens of one shard, and computes losses and statistics over those of all."""
+        batch_shape, num_tokens = inputs.x.shape[:-1], x.shape[0]
+        flat = {
+            name: array.reshape(num_tokens, *array.shape[len(batch_shape) :]) for name, array in inputs.router.items()
+        }
+        key = inputs.key
+        if key is not None and axes.tokens:
+            key = jax.random.fold_in(key, lax.axis_index(axes.tokens))
+        router = nnx.merge(nnx.graphdef(self.router), parameters.router)
+        routing, logits = with_inputs(router, x, {**flat, "mask": mask, "key": key})
+        if mask is not None:
+            routing = routing.masked(mask)
+
+        num_sequences = math.prod(batch_shape[:-1]) if self.load_balancing == "sequence" else None
+        sizes = num_tokens, self._num_logits
+        return routing, moe_aux(router, routing, logits, *sizes, axes, mask=mask, num_sequences=num_sequences)
+
+    @property
+    def _num_logits(self) -> int:
+        return self.num_experts + self.num_identity_experts + self.num_zero_experts
 
     def _shard_axes(self, tokens: PartitionSpec) -> ShardAxes:
         """Says which axes of the current mesh the layer is sharded over, for tokens sharded as given."""
@@ -300,9 +330,10 @@ class MoE(nnx.Module):
                     f"{' x '.join(axes)}: make it {size + -size % shards}, or give {rule!r} another rule with "
                     "flax.nnx.logical_axis_rules."
                 )
-        return ShardAxes(tuple(axis for entry in tokens for axis in as_axes(entry)), experts, hidden)
+        of_tokens = tuple(axis for entry in tokens for axis in as_axes(entry))
+        return ShardAxes(of_tokens, experts, hidden, as_axes(tokens[-2]) if len(tokens) > 1 else ())
 
-    def _check_input(self, x: Array, mask: Array | None) -> None:
+    def _check_input(self, x: Array, mask: Array | None, router_inputs: dict[str, Array]) -> None:
         if not x.ndim or x.shape[-1] != self.features or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"x is {x.dtype}{list(x.shape)}; it must be a floating-point array [..., D={self.features}]."
@@ -311,6 +342,21 @@ class MoE(nnx.Module):
             raise ValueError(
                 f"mask is {mask.dtype}{list(mask.shape)}; it must be bool{list(x.shape[:-1])}: one for each token of x."
             )
+        if "key" in router_inputs:
+            raise ValueError("key is given; random keys for the router come from rngs=flax.nnx.Rngs(...).")
+        for name, array in router_inputs.items():
+            if array.shape[: x.ndim - 1] != x.shape[:-1]:
+                raise ValueError(
+                    f"{name} is {list(array.shape)}; it must be {[*x.shape[:-1], '...']}: of each token of x."
+                )
+
+
+def _refuse_beside_router(**options: Any) -> None:
+    """Raises a ValueError where an option is not the default, which a router would not see."""
+    defaults = {"top_k": None, "score": "softmax", "score_order": "before_top_k", "normalize": True, "scale": 1.0}
+    for name, value in options.items():
+        if value != defaults[name]:
+            raise ValueError(f"{name} is {value!r} beside a router; leave it out, and give the router its own options.")
 
 
 class _Inputs(NamedTuple):
@@ -319,17 +365,13 @@ class _Inputs(NamedTuple):
     x: Any
     router_x: Any
     mask: Any
+    router: Any
+    key: Any
 
 
 class _Parameters(NamedTuple):
     """The layer's parameters as arrays; or, of each, the partition spec."""
 
-    router_kernel: Any
+    router: Any
     experts: Any
     shared: Any
-
-
-@jax.checkpoint  # or a float32 copy of x would be kept for the backward
-def _router_logits(x: Float[Array, "T D"], kernel: Float[Array, "D E"]) -> Float[Array, "T E"]:
-    dtype = jnp.promote_types(jnp.result_type(x, kernel), jnp.float32)
-    return jnp.dot(x.astype(dtype), kernel.astype(dtype), precision="highest")

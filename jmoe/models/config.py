@@ -13,6 +13,7 @@ Remat = Literal["none", "dots", "full"]
 AttentionImplementation = Literal["auto", "cudnn", "xla"]
 MoEImplementation = Literal["auto"] | Implementation
 LayerKind = Literal["dense", "moe"]
+LoadBalancing = Literal["layer", "sequence", "model"]
 
 
 class LayerGroup(NamedTuple):
@@ -57,10 +58,15 @@ class TransformerConfig:
         norm_eps: Added to the mean square in every RMSNorm.
         tie_embeddings: Whether the output projection is the input embedding.
         max_sequence_length: Longest sequence the model accepts, in tokens.
-        router_score: How router logits become scores: "softmax" or "sigmoid".
+        router_score: How router logits become scores: "softmax", "sigmoid" or "sqrt_softplus".
         router_score_order: Whether scores are taken "before_top_k" or "after_top_k".
         router_normalize: Whether a token's K routing weights are divided by their sum.
         router_scale: Factor on the routing weights.
+        router_bias_update_rate: What a training step moves an expert's selection bias by, which makes up for its
+            load (DeepSeek-V3, where it is 0.001); 0 for routers without such biases. It is
+            `Transformer.update_biases` that moves them.
+        load_balancing: What is to be balanced by itself: the tokens of each "layer", of each "sequence" of each
+            layer, or of all layers of the "model" together.
         load_balancing_coef: Weight of the load-balancing loss, which is 1 at perfect balance.
         router_z_coef: Weight of the router z-loss.
         dtype: Compute dtype. Norms, softmax, router and losses stay in float32 whatever it is.
@@ -107,6 +113,8 @@ class TransformerConfig:
     router_score_order: ScoreOrder = "before_top_k"
     router_normalize: bool = True
     router_scale: float = 1.0
+    router_bias_update_rate: float = 0.0
+    load_balancing: LoadBalancing = "layer"
     load_balancing_coef: float = 0.01
     router_z_coef: float = 0.001
     dtype: DType = "bfloat16"
@@ -128,6 +136,11 @@ class TransformerConfig:
         for name in _COUNTS_FROM_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.router_bias_update_rate and self.router_score_order != "before_top_k":
+            raise ValueError(
+                "router_score_order must be before_top_k with a router_bias_update_rate, got "
+                f"{self.router_score_order!r} and {self.router_bias_update_rate}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
@@ -224,6 +237,7 @@ _CHOICES = {
     "qk_norm": get_args(QKNorm),
     "router_score": get_args(Score),
     "router_score_order": get_args(ScoreOrder),
+    "load_balancing": get_args(LoadBalancing),
     "dtype": get_args(DType),
     "param_dtype": get_args(DType),
     "remat": get_args(Remat),
@@ -236,6 +250,7 @@ _COUNTS_FROM_ZERO = (
     "shared_hidden_dim",
     "hidden_dim",
     "first_dense_layers",
+    "router_bias_update_rate",
 )
 _COUNTS_FROM_ONE = (
     "vocab_size",

@@ -255,7 +255,10 @@ def test_layers_are_stacked_by_nnx_vmap():
     [
         ({"features": 0}, "features is 0; it must be at least 1"),
         ({"num_experts": 0}, "num_experts is 0"),
-        ({"top_k": 7}, "top_k is 7; it must be between 1 and num_experts, 6"),
+        ({"top_k": 7}, "top_k is 7; without a router it must be between 1 and the number of experts, 6"),
+        ({"top_k": None}, "top_k is None; without a router it must be"),
+        ({"num_zero_experts": -1}, "num_zero_experts is -1"),
+        ({"load_balancing": "token"}, "load_balancing is 'token'; it must be 'layer' or 'sequence'"),
         ({"shared_hidden_features": -1}, "shared_hidden_features is -1"),
         ({"activation": "swish"}, "activation is 'swish'"),
         ({"score": "tanh"}, "score is 'tanh'"),
