@@ -7,6 +7,7 @@ from jmoe.dispatch import Dispatch, make_dispatch
 from jmoe.losses import expert_load, load_balancing_loss, router_z_loss
 from jmoe.mlp import moe_mlp
 from jmoe.moe import MoE, MoEAux
+from jmoe.parallel_linear import ParallelLinear, parallel_linear
 from jmoe.routing import Assignments, Routing, route_top_k
 from jmoe.sharding import LOGICAL_AXIS_RULES, logical_axis_rules, named_sharding, partition_spec
 
@@ -17,6 +18,7 @@ __all__ = [
     "Dispatch",
     "MoE",
     "MoEAux",
+    "ParallelLinear",
     "Routing",
     "debug_checks",
     "expert_load",
@@ -26,6 +28,7 @@ __all__ = [
     "make_dispatch",
     "moe_mlp",
     "named_sharding",
+    "parallel_linear",
     "partition_spec",
     "route_top_k",
     "router_z_loss",

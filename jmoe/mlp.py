@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jmoe.activations import Activation, activate, is_gated, value_and_derivative
+from jmoe.arguments import check_array
 from jmoe.combine import combine, group_sum
 from jmoe.debug import check
 from jmoe.dispatch import Dispatch, check_routing, make_dispatch
@@ -256,26 +257,19 @@ def _check_arguments(x, parameters, routing, activation, weight_on):
         raise ValueError(f"weight_on is {weight_on!r}; it must be 'output' or 'input'.")
     gated = is_gated(activation)
     check_routing(routing)
-    _check_array("x", x, ("T", "D"), {})
+    check_array("x", x, ("T", "D"), {})
     num_tokens, features = x.shape
     if isinstance(routing, Routing) and routing.expert_index.shape[0] != num_tokens:
         raise ValueError(
             f"routing is for {routing.expert_index.shape[0]} tokens and x has {num_tokens}; they must agree."
         )
-    _check_array("w_down", parameters.w_down, ("E", "F", "D"), {"D": features})
+    check_array("w_down", parameters.w_down, ("E", "F", "D"), {"D": features})
     num_experts, hidden, _ = parameters.w_down.shape
     width = "2F" if gated else "F"
     sizes = {"E": num_experts, "D": features, "F": hidden, "2F": 2 * hidden}
     remedy = f" ({activation} is gated: gate columns first, then as many up columns)" if gated else ""
-    _check_array("w_up", parameters.w_up, ("E", "D", width), sizes, remedy)
+    check_array("w_up", parameters.w_up, ("E", "D", width), sizes, remedy)
     if parameters.b_up is not None:
-        _check_array("b_up", parameters.b_up, ("E", width), sizes, remedy)
+        check_array("b_up", parameters.b_up, ("E", width), sizes, remedy)
     if parameters.b_down is not None:
-        _check_array("b_down", parameters.b_down, ("E", "D"), sizes)
-
-
-def _check_array(name, array, layout, sizes, remedy=""):
-    fits = array.ndim == len(layout) and all(sizes.get(d, s) == s for d, s in zip(layout, array.shape, strict=True))
-    if not fits or not jnp.issubdtype(array.dtype, jnp.floating):
-        expected = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in layout)
-        raise ValueError(f"{name} is {array.dtype}{list(array.shape)}; it must be floating-point [{expected}]{remedy}.")
+        check_array("b_down", parameters.b_down, ("E", "D"), sizes)

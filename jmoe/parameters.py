@@ -45,7 +45,7 @@ def create_mlp_parameters(
 
     def create(initializer: Initializer, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         if num_experts is not None:
-            initializer = _per_expert(initializer)
+            initializer = per_expert(initializer)
             shape, axes = (num_experts, *shape), ("expert", *axes)
         return nnx.Param(partitioned(initializer, axes)(rngs.params(), shape, param_dtype))
 
@@ -57,7 +57,7 @@ def create_mlp_parameters(
     )
 
 
-def _per_expert(initializer: Initializer) -> Initializer:
+def per_expert(initializer: Initializer) -> Initializer:
     """Initializes each expert as a matrix of its own, so that E does not count as fan-in."""
 
     def initialize(key, shape, dtype):
