@@ -239,7 +239,7 @@ class MoE(nnx.Module):
             mask = inputs.mask.reshape(num_tokens)
             x, router_x = jnp.where(mask[:, None], x, 0), jnp.where(mask[:, None], router_x, 0)
 
-        logits = _router_logits(router_x, parameters.router_kernel)  # [T, E]
+        logits = router_logits(router_x, parameters.router_kernel)  # [T, E]
         routing = route_top_k(
             logits,
             self.top_k,
@@ -330,6 +330,7 @@ class _Parameters(NamedTuple):
 
 
 @jax.checkpoint  # or a float32 copy of x would be kept for the backward
-def _router_logits(x: Float[Array, "T D"], kernel: Float[Array, "D E"]) -> Float[Array, "T E"]:
+def router_logits(x: Float[Array, "T D"], kernel: Float[Array, "D E"]) -> Float[Array, "T E"]:
+    """Computes `x @ kernel` in float32 or better, and keeps nothing for the backward but x and the kernel."""
     dtype = jnp.promote_types(jnp.result_type(x, kernel), jnp.float32)
     return jnp.dot(x.astype(dtype), kernel.astype(dtype), precision="highest")
