@@ -4,6 +4,7 @@ from jmoe import linen
 from jmoe.activations import Activation
 from jmoe.debug import debug_checks
 from jmoe.dispatch import Dispatch, make_dispatch
+from jmoe.lora import LoRAExperts
 from jmoe.losses import expert_load, load_balancing_loss, router_z_loss
 from jmoe.mlp import moe_mlp
 from jmoe.moe import MoE, MoEAux
@@ -16,6 +17,7 @@ __all__ = [
     "Activation",
     "Assignments",
     "Dispatch",
+    "LoRAExperts",
     "MoE",
     "MoEAux",
     "ParallelLinear",

@@ -62,6 +62,7 @@ class MixtureOfAttention(nnx.Module):
             Router, rotation and softmax compute in float32.
         param_dtype: the dtype of the parameters.
         kernel_init: initializer of every matrix, an expert's at a time.
+        bias_init: initializer of the bias.
         attention_implementation: "cudnn" (NVIDIA GPUs, bfloat16 or float16), "xla", or "auto": cuDNN where it can run.
         implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`.
         rngs: random keys for the parameters (stream "params").
@@ -69,8 +70,7 @@ class MixtureOfAttention(nnx.Module):
     Raises:
         ValueError: a size is not positive or does not fit another.
 
-    Source: Tan et al. (ScatterMoE), arXiv 2403.08245, section 3.3 (MoMHA); Shen et al. (JetMoE), arXiv 2404.07413,
-    section 2.3.
+    Source: Tan et al. (ScatterMoE), arXiv 2403.08245 (MoMHA); Shen et al. (JetMoE), arXiv 2404.07413.
 
     Example:
         >>> import jax.numpy as jnp
@@ -96,6 +96,7 @@ class MixtureOfAttention(nnx.Module):
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         kernel_init: Initializer = _KERNEL_INIT,
+        bias_init: Initializer = _BIAS_INIT,
         attention_implementation: AttentionImplementation = "auto",
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
@@ -147,7 +148,7 @@ class MixtureOfAttention(nnx.Module):
         self.router = linear(num_experts, None)
         self.key = linear(num_kv_heads * head_dim, "kv_heads")
         self.value = linear(num_kv_heads * head_dim, "kv_heads")
-        bias_init = partitioned(_BIAS_INIT, ("embed",))
+        bias_init = partitioned(bias_init, ("embed",))
         self.bias = nnx.Param(bias_init(rngs.params(), (features,), param_dtype)) if use_bias else None
 
     def __call__(

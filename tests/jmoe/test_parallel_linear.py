@@ -277,13 +277,11 @@ def test_bad_arguments_are_named(make_problem, without_annotation_checks):
 
 def test_the_module_applies_its_kernel_and_bias(make_problem, relative_error):
     problem = make_problem("tokens", "tokens")
-    linear = jmoe.ParallelLinear(5, 6, 4, use_bias=True, rngs=nnx.Rngs(0))
-    linear.bias[...] = problem.arrays["bias"]
-    problem.arrays["kernel"] = linear.kernel[...]
+    linear = jmoe.ParallelLinear(5, 6, 4, use_bias=True, bias_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(0))
+    problem.arrays |= {name: parameter[...] for name, parameter in nnx.to_pure_dict(nnx.state(linear)).items()}
     dispatch = make_dispatch(problem.routing, 4)
-    y = nnx.jit(lambda m, x, weights: m(x, dispatch, weights=weights))(
-        linear, problem.arrays["x"], problem.arrays["weights"]
-    )
+    run = nnx.jit(lambda linear, x, weights: linear(x, dispatch, weights=weights))
+    y = run(linear, problem.arrays["x"], problem.arrays["weights"])
     assert relative_error(y, problem.expected()[0]) < 2e-6
 
 
