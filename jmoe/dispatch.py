@@ -28,14 +28,16 @@ class Dispatch:
         expert_index: int32[R], the expert of each row, in ascending order; E in absent rows.
         position: int32[T, K], the row of each assignment; int32[R] from `Assignments`. The inverse of the
             sort.
-        group_sizes: int32[E], the rows of each expert.
+        group_sizes: int32[E], the rows of each expert; of each group, where groups are no experts.
+        expert_of_group: int32[groups], the expert of each group; None where group e is expert e.
     """
 
     token_index: Int32[Array, " R"]
     slot: Int32[Array, " R"]
     expert_index: Int32[Array, " R"]
     position: Int32[Array, "T K"] | Int32[Array, " R"]
-    group_sizes: Int32[Array, " E"]
+    group_sizes: Int32[Array, " groups"]
+    expert_of_group: Int32[Array, " groups"] | None = None
 
     def to_rows(self, of_assignments: Shaped[Array, "*_"]) -> Shaped[Array, " R"]:
         """Sorts values of the assignments, [T, K] or [R], into the order of the rows."""
@@ -95,6 +97,26 @@ def make_dispatch(routing: Routing | Assignments, num_experts: int) -> Dispatch:
         sorted_index, slot, _, position = sort(expert_index[:, None])
         token_index, position = routing.token_index.astype(jnp.int32)[slot], position[:, 0]
     return Dispatch(token_index, slot, sorted_index, position, group_sizes)
+
+
+def dispatch_unsorted(routing: Routing, num_experts: int) -> Dispatch:
+    """Makes each assignment a group of its own, so that nothing has to be sorted.
+
+    For a single token, whose experts are different ones as a rule: then each expert's weights are read once all the
+    same, and the small kernels of a sort and of a schedule are saved. Absent assignments have rows too, of some expert
+    or other, and places past the last row.
+
+    Args:
+        routing: the assignments.
+        num_experts: E.
+    """
+    shape = routing.expert_index.shape
+    row = jnp.arange(routing.expert_index.size, dtype=jnp.int32)
+    position = jnp.where(is_present(routing.expert_index, num_experts), row.reshape(shape), row.size)
+    # Clipped before the cast, which could wrap around.
+    expert_index = jnp.clip(routing.expert_index.ravel(), 0, num_experts - 1).astype(jnp.int32)
+    token_index, slot = jnp.divmod(row, shape[1])
+    return Dispatch(token_index, slot, expert_index, position, jnp.ones_like(row), expert_index)
 
 
 def _sort(keys: Int32[Array, "T K"]) -> _Sorted:

@@ -13,7 +13,7 @@ from jmoe.activations import Activation, activate, is_gated, value_and_derivativ
 from jmoe.arguments import check_array
 from jmoe.combine import combine, group_sum
 from jmoe.debug import check
-from jmoe.dispatch import Dispatch, check_routing, make_dispatch
+from jmoe.dispatch import Dispatch, check_routing, dispatch_unsorted, make_dispatch
 from jmoe.routing import Assignments, Routing, is_present
 from pallas_kernels import (
     Implementation,
@@ -87,7 +87,10 @@ def moe_mlp(
         "the routing weight of a present assignment is not finite",
     )
     options = _Options(activation, weight_on, implementation)
-    return _moe_mlp(options, x, parameters, routing.weight, make_dispatch(routing, w_up.shape[0]))
+    unsorted = None
+    if isinstance(routing, Routing) and x.shape[0] == 1:
+        unsorted = dispatch_unsorted(routing, w_up.shape[0])
+    return _moe_mlp(options, x, parameters, routing.weight, make_dispatch(routing, w_up.shape[0]), unsorted)
 
 
 class ExpertParameters(NamedTuple):
@@ -107,12 +110,21 @@ class _Options:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _moe_mlp(options: _Options, x: Array, parameters: ExpertParameters, weight: Array, dispatch: Dispatch) -> Array:
-    y, _ = _forward(options, x, parameters, weight, dispatch)
+def _moe_mlp(
+    options: _Options,
+    x: Array,
+    parameters: ExpertParameters,
+    weight: Array,
+    dispatch: Dispatch,
+    unsorted: Dispatch | None,
+) -> Array:
+    # Without a backward nothing needs the rows in order; what is not used is not computed under jit.
+    y, _ = _forward(options, x, parameters, weight, unsorted or dispatch, None)
     return y
 
 
-def _forward(options, x, parameters, weight, dispatch):
+def _forward(options, x, parameters, weight, dispatch, unsorted):
+    del unsorted
     # Where layers are scanned, XLA would run the matmul twice: once to write to the stack of all layers' h, and
     # once for the activation.
     h = lax.optimization_barrier(_up(options, x, parameters, weight, dispatch))  # [R, H]
@@ -155,7 +167,7 @@ def _backward(options, residuals, dy):
     dw_up = _weight_gradient(options, x, dh, parameters.w_up, dispatch, lhs_index=token_index)  # [E, D, H]
 
     parameter_gradients = ExpertParameters(dw_up, dw_down, db_up, db_down)
-    return dx, parameter_gradients, dispatch.from_rows(dweight).astype(weight.dtype), None
+    return dx, parameter_gradients, dispatch.from_rows(dweight).astype(weight.dtype), None, None
 
 
 _moe_mlp.defvjp(_forward, _backward)
@@ -215,6 +227,7 @@ def _matmul(options, rows, weights, dispatch, *, lhs_index=None, dtype=None, tra
         preferred_element_type=dtype,
         transpose_rhs=transpose_rhs,
         lhs_index=lhs_index,
+        rhs_index=dispatch.expert_of_group,
         implementation=options.implementation,
     )
 

@@ -1,8 +1,18 @@
-"""Sums of rows that belong to the same place, deterministic, without atomics."""
+"""Rows gathered by XLA, and their way back: sums without atomics, deterministic."""
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Integer, Shaped
+
+
+def clip_index(index: Integer[Array, " M"], matrix: Shaped[Array, "*T"]) -> Integer[Array, " M"]:
+    """Clips numbers to those of the rows that there are."""
+    return jnp.clip(index, 0, max(matrix.shape[0] - 1, 0))
+
+
+def take_rows(matrix: Shaped[Array, "*T"], index: Integer[Array, " M"] | None) -> Shaped[Array, "*_"]:
+    """Copies rows by their clipped numbers; without any, the rows are those of the matrix."""
+    return matrix if index is None else matrix[clip_index(index, matrix)]
 
 
 def sum_rows(

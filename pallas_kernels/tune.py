@@ -106,7 +106,7 @@ class Task:
         if self.kernel == "grouped_weight_gradient":
             return mosaic_gpu_weight_gradient.grouped_weight_gradient(first, second, group_sizes, None, None, **options)
         transpose_rhs = self.kernel == "grouped_matmul_transposed"
-        return mosaic_gpu.grouped_matmul(first, second, group_sizes, None, transpose_rhs=transpose_rhs, **options)
+        return mosaic_gpu.grouped_matmul(first, second, group_sizes, None, None, transpose_rhs=transpose_rhs, **options)
 
 
 def group_sizes(distribution: str, m: int, num_groups: int) -> np.ndarray:

@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, Integer
 
 from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_weight_gradient, reference, xla
 from pallas_kernels.implementations import Implementation, choose_implementation
-from pallas_kernels.row_copies import MAX_BYTES
-from pallas_kernels.rows import sum_rows
+from pallas_kernels.rows import clip_index, sum_rows
 
 Operation = Literal["grouped_matmul", "grouped_weight_gradient"]
 
@@ -46,7 +45,7 @@ class _Options:
 
 def grouped_matmul(
     lhs: Float[Array, "_ K"],
-    rhs: Float[Array, "G _ _"],
+    rhs: Float[Array, "_ _ _"],
     group_sizes: Integer[Array, " G"],
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
@@ -54,6 +53,7 @@ def grouped_matmul(
     *,
     transpose_rhs: bool = False,
     lhs_index: Integer[Array, " M"] | None = None,
+    rhs_index: Integer[Array, " G"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "M N"]:
     """Multiplies each group of rows of `lhs` with that group's own matrix.
@@ -68,7 +68,7 @@ def grouped_matmul(
 
     Args:
         lhs: [M, K], floating point; [T, K] with `lhs_index`.
-        rhs: [G, K, N], or [G, N, K] with `transpose_rhs`; floating point.
+        rhs: [G, K, N], or [G, N, K] with `transpose_rhs`; floating point. Any number of matrices with `rhs_index`.
         group_sizes: int[G], the rows of each group; a negative size counts as 0, and sizes that sum to more than M
             are clipped there.
         precision: of each product, as in `jax.lax.dot`; bfloat16 and float16 products are exact in any case.
@@ -76,6 +76,8 @@ def grouped_matmul(
         group_offset: not supported; slice `rhs` and `group_sizes` instead.
         transpose_rhs: whether `rhs` holds its matrices transposed.
         lhs_index: int[M], which row of `lhs` each row is, clipped to [0, T); None for row m itself.
+        rhs_index: int[G], which matrix of `rhs` each group's is, clipped to those that there are; None for matrix g
+            itself.
         implementation: "mosaic_gpu" (Hopper GPUs; bfloat16 and float16), "xla" (everywhere), "reference" (everywhere,
             with G times the work and memory), or None for the fastest that can run here. A named one runs or raises.
 
@@ -101,7 +103,10 @@ def grouped_matmul(
     lhs_index = _check_index("lhs", lhs, lhs_index)
     if rhs.ndim != 3 or not jnp.issubdtype(rhs.dtype, jnp.floating):
         raise ValueError(f"rhs is {_describe(rhs)}; it must be a floating-point array [G, K, N].")
-    if rhs.shape[0] != group_sizes.size:
+    rhs_index = _check_index("rhs", rhs, rhs_index)
+    if rhs_index is not None and rhs_index.size != group_sizes.size:
+        raise ValueError(f"rhs_index has {rhs_index.size} groups and group_sizes {group_sizes.size}; they must agree.")
+    if rhs_index is None and rhs.shape[0] != group_sizes.size:
         raise ValueError(f"rhs has {rhs.shape[0]} groups and group_sizes {group_sizes.size}; they must agree.")
     contracted = rhs.shape[2 if transpose_rhs else 1]
     if lhs.shape[1] != contracted:
@@ -112,7 +117,7 @@ def grouped_matmul(
         )
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     options = _Options(transpose_rhs, precision, _result_dtype(preferred_element_type, dtype), implementation)
-    return _grouped_matmul(options, lhs.astype(dtype), rhs.astype(dtype), group_sizes, lhs_index)
+    return _grouped_matmul(options, lhs.astype(dtype), rhs.astype(dtype), group_sizes, lhs_index, rhs_index)
 
 
 def grouped_weight_gradient(
@@ -171,9 +176,14 @@ def grouped_weight_gradient(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(
-    options: _Options, lhs: Array, rhs: Array, group_sizes: Array, lhs_index: Array | None = None
+    options: _Options,
+    lhs: Array,
+    rhs: Array,
+    group_sizes: Array,
+    lhs_index: Array | None = None,
+    rhs_index: Array | None = None,
 ) -> Array:
-    return _run("grouped_matmul", options, lhs, rhs, group_sizes, lhs_index)
+    return _run("grouped_matmul", options, lhs, rhs, group_sizes, lhs_index, rhs_index)
 
 
 def _grouped_matmul_fwd(options: _Options, *operands: Array | None):
@@ -181,17 +191,18 @@ def _grouped_matmul_fwd(options: _Options, *operands: Array | None):
 
 
 def _grouped_matmul_bwd(options: _Options, residuals, out_grad: Array):
-    lhs, rhs, group_sizes, lhs_index = residuals
+    lhs, rhs, group_sizes, lhs_index, rhs_index = residuals
     # The kernels want operands of one dtype, and a float32 result of bfloat16 operands has a float32 gradient.
     out_grad = out_grad.astype(lhs.dtype)
     of_lhs = dataclasses.replace(options, transpose_rhs=not options.transpose_rhs, out_dtype=lhs.dtype)
     of_rhs = dataclasses.replace(options, transpose_rhs=False, out_dtype=rhs.dtype)
-    lhs_grad = _to_sources(_grouped_matmul(of_lhs, out_grad, rhs, group_sizes), lhs_index, lhs)
+    lhs_rows = _grouped_matmul(of_lhs, out_grad, rhs, group_sizes, None, rhs_index)
     left, right = (lhs, lhs_index), (out_grad, None)
     if options.transpose_rhs:
         left, right = right, left
-    rhs_grad = _grouped_weight_gradient(of_rhs, left[0], right[0], group_sizes, left[1], right[1])
-    return lhs_grad, rhs_grad, None, None
+    of_groups = _grouped_weight_gradient(of_rhs, left[0], right[0], group_sizes, left[1], right[1])
+    rhs_grad = _to_sources(of_groups.reshape(group_sizes.size, -1), rhs_index, rhs).reshape(rhs.shape)
+    return _to_sources(lhs_rows, lhs_index, lhs), rhs_grad, None, None, None
 
 
 _grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
@@ -237,7 +248,7 @@ def _run(
 ) -> Array:
     """Runs one of the two operations on the backend that the options name, or the best that can run it here.
 
-    `indices` are of the rows of `first` and, in a weight gradient, of `second`.
+    `indices` are of the rows of `first`, and of the matrices or rows of `second`.
     """
     static: dict[str, Any] = {
         "precision": options.precision,
@@ -253,22 +264,12 @@ def _run(
     name = choose_implementation(operation, options.implementation, widths, first.dtype, options.out_dtype)
     if 0 in (*first.shape, *second.shape, *(index.size for index in indices if index is not None)):
         return jnp.zeros(out_shape, options.out_dtype)
-    gathers = name == "mosaic_gpu"
 
     # A kernel has no batched form of its own, and a batched loop over blocks would run every element for as long as
     # the longest: one element after the other is the right order for both.
     @sequential_vmap
     def call(first: Array, second: Array, group_sizes: Array, indices: list[Array | None]) -> Array:
-        operands, indices = [first, second], list(indices)
-        # A kernel gathers the rows of one operand at most.
-        for i in reversed(range(len(indices))):
-            index = indices[i]
-            others = any(other is not None for other in indices[:i])
-            if index is not None and (not gathers or others or operands[i].nbytes > MAX_BYTES):
-                operands[i], indices[i] = operands[i][_clip_index(index, operands[i])], None
-        if gathers:
-            return _BACKENDS[name][operation](*operands, group_sizes, *indices, **static)
-        return _BACKENDS[name][operation](*operands, group_sizes, **static)
+        return _BACKENDS[name][operation](first, second, group_sizes, *indices, **static)
 
     return call(first, second, group_sizes, list(indices))
 
@@ -277,7 +278,7 @@ def _to_sources(rows: Array, index: Array | None, sources: Array) -> Array:
     """Takes the gradient of gathered rows to where they came from."""
     if index is None:
         return rows
-    return sum_rows(rows, _clip_index(index, sources), sources.shape[0]).astype(sources.dtype)
+    return sum_rows(rows, clip_index(index, sources), sources.shape[0]).astype(sources.dtype)
 
 
 def _num_rows(matrix: Array, index: Array | None) -> int:
@@ -293,11 +294,7 @@ def _check_index(name: str, matrix: Array, index: Any) -> Array | None:
     if index.size and not matrix.shape[0]:
         raise ValueError(f"{name} has no rows and {name}_index {index.size}; there must be some to choose from.")
     # What a cast could wrap around is clipped before it, and the rest where it is used.
-    return index if index.dtype == jnp.int32 else _clip_index(index, matrix).astype(jnp.int32)
-
-
-def _clip_index(index: Array, matrix: Array) -> Array:
-    return jnp.clip(index, 0, max(matrix.shape[0] - 1, 0))
+    return index if index.dtype == jnp.int32 else clip_index(index, matrix).astype(jnp.int32)
 
 
 def _describe(array: Array) -> str:

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int32, Integer
 
 from pallas_kernels import hopper
 from pallas_kernels.device import num_sms
-from pallas_kernels.row_copies import RowCopies, make_ring
+from pallas_kernels.row_copies import MAX_BYTES, RowCopies, make_ring
+from pallas_kernels.rows import clip_index, take_rows
 from pallas_kernels.schedule import make_tile_schedule
 from pallas_kernels.tuning import Problem, choose_config
 
@@ -62,9 +63,10 @@ class Config:
 
 def grouped_matmul(
     lhs: Float[Array, "_ K"],
-    rhs: Float[Array, "G _ _"],
+    rhs: Float[Array, "_ _ _"],
     group_sizes: Integer[Array, " G"],
     lhs_index: Int32[Array, " M"] | None,
+    rhs_index: Int32[Array, " G"] | None,
     *,
     transpose_rhs: bool,
     precision: lax.PrecisionLike,
@@ -78,6 +80,8 @@ def grouped_matmul(
     `copies` stands in for the device code that gathers rows, where that cannot run (interpretation).
     """
     del precision, accumulator_dtype  # products of 16-bit operands are exact, sums are in float32
+    if lhs.nbytes > MAX_BYTES:
+        lhs, lhs_index = take_rows(lhs, lhs_index), None
     gathers = lhs_index is not None
     num_rows, k = lhs_index.size if gathers else lhs.shape[0], lhs.shape[1]
     num_groups = group_sizes.size
@@ -105,8 +109,9 @@ def grouped_matmul(
         column_blocks=pl.cdiv(n, block_n),
         band_rows=config.band_rows,
     )
+    matrix = schedule.group if rhs_index is None else take_rows(clip_index(rhs_index, rhs), schedule.group)
     # The four numbers of a tile lie side by side, in one sector of memory.
-    tiles = jnp.stack([schedule.group, schedule.start, schedule.size, schedule.column_block], axis=1)
+    tiles = jnp.stack([matrix, schedule.start, schedule.size, schedule.column_block], axis=1)
 
     def kernel(lhs, rhs, tiles, last_tile, *refs, a_s, b_s, out_s, full, empty, arrived=None):
         *index, out = refs

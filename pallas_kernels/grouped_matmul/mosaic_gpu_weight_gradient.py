@@ -20,7 +20,8 @@ from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float, Int32, Integer
 
 from pallas_kernels import hopper
-from pallas_kernels.row_copies import RowCopies, make_ring
+from pallas_kernels.row_copies import MAX_BYTES, RowCopies, make_ring
+from pallas_kernels.rows import take_rows
 from pallas_kernels.schedule import group_bounds
 from pallas_kernels.tuning import Problem, choose_config
 
@@ -74,6 +75,10 @@ def grouped_weight_gradient(
     run (interpretation).
     """
     del precision, accumulator_dtype  # products of 16-bit operands are exact, sums are in float32
+    if lhs.nbytes > MAX_BYTES:
+        lhs, lhs_index = take_rows(lhs, lhs_index), None
+    if lhs_index is not None or out_grad.nbytes > MAX_BYTES:  # the kernel gathers one operand
+        out_grad, out_grad_index = take_rows(out_grad, out_grad_index), None
     gathers_lhs, gathers_out_grad = lhs_index is not None, out_grad_index is not None
     index = [index for index in (lhs_index, out_grad_index) if index is not None]
     num_rows = index[0].size if index else lhs.shape[0]

@@ -2,8 +2,9 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Int32, Integer
 
+from pallas_kernels.rows import take_rows
 from pallas_kernels.schedule import group_bounds
 
 
@@ -14,9 +15,11 @@ def _rows_of_groups(group_sizes: Integer[Array, " G"], num_rows: int) -> Bool[Ar
 
 
 def grouped_matmul(
-    lhs: Float[Array, "M K"],
-    rhs: Float[Array, "G _ _"],
+    lhs: Float[Array, "_ K"],
+    rhs: Float[Array, "_ _ _"],
     group_sizes: Integer[Array, " G"],
+    lhs_index: Int32[Array, " M"] | None,
+    rhs_index: Int32[Array, " G"] | None,
     *,
     transpose_rhs: bool,
     precision: lax.PrecisionLike,
@@ -24,6 +27,7 @@ def grouped_matmul(
     out_dtype: jnp.dtype,
 ) -> Float[Array, "M N"]:
     """Computes every row times every group's matrix and selects the group's own."""
+    lhs, rhs = take_rows(lhs, lhs_index), take_rows(rhs, rhs_index)
     member = _rows_of_groups(group_sizes, lhs.shape[0])
     products = jnp.einsum(
         "mk,gnk->gmn" if transpose_rhs else "mk,gkn->gmn",
@@ -36,15 +40,18 @@ def grouped_matmul(
 
 
 def grouped_weight_gradient(
-    lhs: Float[Array, "M K"],
-    out_grad: Float[Array, "M N"],
+    lhs: Float[Array, "_ K"],
+    out_grad: Float[Array, "_ N"],
     group_sizes: Integer[Array, " G"],
+    lhs_index: Int32[Array, " M"] | None,
+    out_grad_index: Int32[Array, " M"] | None,
     *,
     precision: lax.PrecisionLike,
     accumulator_dtype: jnp.dtype,
     out_dtype: jnp.dtype,
 ) -> Float[Array, "G K N"]:
     """Computes one product for each group, of operands whose other rows are zero."""
+    lhs, out_grad = take_rows(lhs, lhs_index), take_rows(out_grad, out_grad_index)
     member = _rows_of_groups(group_sizes, lhs.shape[0])[:, :, None]
     return jnp.einsum(
         "gmk,gmn->gkn",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
+from pallas_kernels.rows import clip_index, take_rows
 from pallas_kernels.schedule import group_bounds, make_block_schedule
 
 
@@ -29,9 +30,11 @@ def _window(
 
 
 def grouped_matmul(
-    lhs: Float[Array, "M K"],
-    rhs: Float[Array, "G _ _"],
+    lhs: Float[Array, "_ K"],
+    rhs: Float[Array, "_ _ _"],
     group_sizes: Integer[Array, " G"],
+    lhs_index: Int32[Array, " M"] | None,
+    rhs_index: Int32[Array, " G"] | None,
     *,
     transpose_rhs: bool,
     precision: lax.PrecisionLike,
@@ -39,17 +42,18 @@ def grouped_matmul(
     out_dtype: jnp.dtype,
 ) -> Float[Array, "M N"]:
     """Multiplies each block of rows with its group's matrix."""
+    lhs = take_rows(lhs, lhs_index)
     num_rows = lhs.shape[0]
-    num_groups, *_ = rhs.shape
-    height = _block_rows(num_rows, num_groups)
+    height = _block_rows(num_rows, group_sizes.size)
     schedule = make_block_schedule(group_sizes, num_rows=num_rows, block_rows=height)
+    matrix = schedule.group if rhs_index is None else take_rows(clip_index(rhs_index, rhs), schedule.group)
     contract_rhs = 1 if transpose_rhs else 0
 
     def multiply_block(b, out):
         first, member = _window(schedule.start[b], schedule.size[b], height, num_rows)
         product = lax.dot_general(
             lax.dynamic_slice_in_dim(lhs, first, height),
-            lax.dynamic_index_in_dim(rhs, schedule.group[b], keepdims=False),
+            lax.dynamic_index_in_dim(rhs, matrix[b], keepdims=False),
             (((1,), (contract_rhs,)), ((), ())),
             precision=precision,
             preferred_element_type=accumulator_dtype,
@@ -63,15 +67,18 @@ def grouped_matmul(
 
 
 def grouped_weight_gradient(
-    lhs: Float[Array, "M K"],
-    out_grad: Float[Array, "M N"],
+    lhs: Float[Array, "_ K"],
+    out_grad: Float[Array, "_ N"],
     group_sizes: Integer[Array, " G"],
+    lhs_index: Int32[Array, " M"] | None,
+    out_grad_index: Int32[Array, " M"] | None,
     *,
     precision: lax.PrecisionLike,
     accumulator_dtype: jnp.dtype,
     out_dtype: jnp.dtype,
 ) -> Float[Array, "G K N"]:
     """Sums over the blocks of each group the products of their rows."""
+    lhs, out_grad = take_rows(lhs, lhs_index), take_rows(out_grad, out_grad_index)
     num_rows = lhs.shape[0]
     height = _block_rows(num_rows, group_sizes.size)
 

@@ -30,6 +30,14 @@ def test_few_keys_are_sorted_by_comparing_as_by_a_sort():
     jax.tree.map(np.testing.assert_array_equal, dispatch._sort_by_comparing(keys), dispatch._sort(keys))
 
 
+def test_a_number_that_32_bits_do_not_hold_is_absent_and_not_another_expert():
+    with jax.enable_x64(True):
+        routing = jmoe.Routing(jnp.array([[2**32 + 1, 1]]), jnp.ones((1, 2)))
+        for sorted_rows in (jmoe.make_dispatch(routing, 4), dispatch.dispatch_unsorted(routing, 4)):
+            present = sorted_rows.position < sorted_rows.group_sizes.sum()
+            assert present.tolist() == [[False, True]]
+
+
 def test_flat_assignments_are_sorted_the_same_way():
     flat = jmoe.Assignments(jnp.array([4, 0, 4, 2]), jnp.array([1, 0, -1, 0]), jnp.ones(4))
     sorted_rows = jmoe.make_dispatch(flat, 2)

@@ -52,6 +52,21 @@ def test_float32_matches_the_formulas_forward_and_backward(
         assert relative_error(gradients[name], expected[name]) < 2e-6, name
 
 
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+@pytest.mark.parametrize("chosen", [[3, 0, 2], [3, 3, 3], [-1, 2, 99], [-1, -1, -1]])
+def test_a_single_tokens_output_is_the_same_with_and_without_a_backward(chosen, weight_on, make_problem):
+    problem = make_problem(1, 4, 3, activation="swiglu", bias=True, weight_on=weight_on)
+    expert_index = jnp.array([chosen])
+    present = (expert_index >= 0) & (expert_index < 4)
+    arrays = problem.differentiable | {"weight": jnp.where(present, 0.3, jnp.nan)}
+    problem = dataclasses.replace(problem, expert_index=expert_index)
+    alone = jax.jit(lambda arrays: problem.moe_mlp(**arrays))(arrays)
+    with_backward, _ = output_and_gradients(problem.moe_mlp, arrays, jnp.ones_like(alone))
+    np.testing.assert_allclose(alone, with_backward, rtol=1e-5, atol=1e-6)
+    assert jnp.isfinite(alone).all()
+    assert jnp.any(alone != 0) == present.any()
+
+
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "options"),
     [

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import grouped_matmul, grouped_weight_gradient
-from pallas_kernels.grouped_matmul import api, mosaic_gpu, mosaic_gpu_weight_gradient
+from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_weight_gradient
 from pallas_kernels.row_copies import RowCopies
 from pallas_kernels.rows import sum_rows
 
@@ -112,6 +112,31 @@ def test_no_rows_and_no_columns_give_zeros_of_the_right_shape():
     )
 
 
+@pytest.mark.parametrize("implementation", [None, "xla", "reference"])
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+def test_groups_may_name_their_matrices(implementation, transpose_rhs, normal):
+    lhs, sizes, index = normal(9, 5), jnp.array([2, 0, 3, 1]), jnp.array([1, 0, 1, 7])  # the last one is clipped
+    rhs = normal(3, *((4, 5) if transpose_rhs else (5, 4)))
+    multiply = functools.partial(
+        grouped_matmul, group_sizes=sizes, transpose_rhs=transpose_rhs, implementation=implementation
+    )
+
+    def run(multiply):
+        out, pull_back = jax.vjp(multiply, lhs, rhs)
+        return out, *pull_back(normal(9, 4, seed=1))
+
+    fused = run(lambda lhs, rhs: multiply(lhs, rhs, rhs_index=index))
+    before = run(lambda lhs, rhs: multiply(lhs, rhs[jnp.array([1, 0, 1, 2])]))
+    for actual, expected in zip(fused, before, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("without_annotation_checks")
+def test_numbers_of_matrices_are_one_for_each_group():
+    with pytest.raises(ValueError, match="rhs_index has 3 groups and group_sizes 2; they must agree"):
+        grouped_matmul(jnp.ones((4, 3)), jnp.ones((5, 3, 2)), jnp.array([1, 3]), rhs_index=jnp.zeros(3, int))
+
+
 @pytest.mark.usefixtures("without_annotation_checks")
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -207,7 +232,7 @@ def test_the_interpreted_kernel_multiplies_gathered_rows(
     rhs = normal(len(sizes), *((n, k) if transpose_rhs else (k, n)), dtype=jnp.bfloat16)
     run = functools.partial(
         mosaic_gpu.grouped_matmul,
-        *(x, rhs, jnp.array(sizes, jnp.int32), jnp.asarray(index)),
+        *(x, rhs, jnp.array(sizes, jnp.int32), jnp.asarray(index), None),
         transpose_rhs=transpose_rhs,
         **options_of(mosaic_gpu.Config, **fields),
     )
@@ -252,7 +277,7 @@ def test_the_interpreter_sees_rows_that_are_read_before_they_arrive(interpret, s
     rhs = normal(4, 128, 128, dtype=jnp.bfloat16)
     run = functools.partial(
         mosaic_gpu.grouped_matmul,
-        *(sources(128), rhs, jnp.array(SIZES, jnp.int32), jnp.asarray(draw_index())),
+        *(sources(128), rhs, jnp.array(SIZES, jnp.int32), jnp.asarray(draw_index()), None),
         transpose_rhs=False,
         **options_of(mosaic_gpu.Config),
     )
@@ -291,7 +316,7 @@ def test_the_kernels_lower_and_make_no_array_of_gathered_rows(t, k, n, g, lower_
 
 
 def test_sources_too_large_for_the_kernels_numbers_are_gathered_before(lower_for_cuda, monkeypatch):
-    monkeypatch.setattr(api, "MAX_BYTES", 2 * 50 * 128 - 1)
+    monkeypatch.setattr(mosaic_gpu, "MAX_BYTES", 2 * 50 * 128 - 1)
     arrays = ((50, 128), jnp.bfloat16), ((4, 128, 64), jnp.bfloat16), ((4,), jnp.int32), ((400,), jnp.int32)
     program = lower_for_cuda(lambda lhs, rhs, sizes, i: grouped_matmul(lhs, rhs, sizes, lhs_index=i), *arrays)
     assert re.search(r"gather.*tensor<400x128xbf16>", program)

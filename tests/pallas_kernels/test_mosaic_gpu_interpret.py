@@ -38,7 +38,7 @@ class Case:
             kernel,
             *nan_past_groups,
             jnp.array(self.sizes, jnp.int32),
-            *[None] * (2 if kernel is mosaic_gpu_weight_gradient.grouped_weight_gradient else 1),  # no index
+            *(None, None),  # no index
             precision=None,
             accumulator_dtype=jnp.dtype(jnp.float32),
             out_dtype=jnp.dtype(self.out_dtype or self.dtype),

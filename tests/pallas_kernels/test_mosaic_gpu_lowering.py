@@ -40,7 +40,7 @@ def with_config(operation, **fields):
         common |= {"lhs_index": None, "out_grad_index": None}
     else:
         kernel, config = mosaic_gpu.grouped_matmul, mosaic_gpu.Config
-        common |= {"transpose_rhs": operation == "transposed", "lhs_index": None}
+        common |= {"transpose_rhs": operation == "transposed", "lhs_index": None, "rhs_index": None}
     return functools.partial(kernel, config=config(**fields), **common)
 
 
