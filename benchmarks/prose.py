@@ -87,6 +87,7 @@ python -m benchmarks.layer --only 'E*' --resume
 python -m benchmarks.generation
 python -m benchmarks.memory
 python -m benchmarks.train_step
+python -m benchmarks.train_step --only bf16 --no-scan-layers
 python -m benchmarks.report
 ```
 

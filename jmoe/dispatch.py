@@ -12,7 +12,8 @@ from jaxtyping import Array, Int32, Shaped
 from jmoe.debug import check
 from jmoe.routing import ABSENT, Assignments, Routing, count_assignments, is_present
 
-_MOST_COMPARED = 4096  # assignments
+# On an H100 comparing so many is still 30 us faster than XLA's sort; more were not measured.
+_MOST_ASSIGNMENTS_COMPARED = 4096
 type _Sorted = tuple[Int32[Array, " R"], Int32[Array, " R"], Int32[Array, " R"], Int32[Array, "T K"]]
 
 
@@ -88,7 +89,7 @@ def make_dispatch(routing: Routing | Assignments, num_experts: int) -> Dispatch:
 
     group_sizes = count_assignments(routing.expert_index, num_experts)
     expert_index = jnp.where(present, routing.expert_index, num_experts).astype(jnp.int32)
-    few = expert_index.size <= _MOST_COMPARED
+    few = expert_index.size <= _MOST_ASSIGNMENTS_COMPARED
     # What compares well depends on the platform that is compiled for, which may not be the one that traces.
     sort = functools.partial(lax.platform_dependent, cpu=_sort, default=_sort_by_comparing) if few else _sort
     if isinstance(routing, Routing):
@@ -109,6 +110,9 @@ def dispatch_unsorted(routing: Routing, num_experts: int) -> Dispatch:
     Args:
         routing: the assignments.
         num_experts: E.
+
+    Returns:
+        A `Dispatch` whose rows are the assignments in their order, with `expert_of_group`.
     """
     shape = routing.expert_index.shape
     row = jnp.arange(routing.expert_index.size, dtype=jnp.int32)

@@ -88,7 +88,7 @@ def moe_mlp(
     )
     options = _Options(activation, weight_on, implementation)
     unsorted = None
-    if isinstance(routing, Routing) and x.shape[0] == 1:
+    if isinstance(routing, Routing) and x.shape[0] == 1 and routing.expert_index.size:
         unsorted = dispatch_unsorted(routing, w_up.shape[0])
     return _moe_mlp(options, x, parameters, routing.weight, make_dispatch(routing, w_up.shape[0]), unsorted)
 

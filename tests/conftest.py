@@ -66,3 +66,26 @@ def without_annotation_checks():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def h100():
+    """A context that traces for an H100 of `num_sms` multiprocessors, whatever the machine has."""
+
+    def describe(num_sms=132):
+        device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=num_sms)
+        return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+    return describe
+
+
+@pytest.fixture
+def lower_for_cuda(h100):
+    """Lowers a function of arrays of these shapes and dtypes for an H100, and returns the program's text."""
+
+    def lower(function, *arrays):
+        with h100():
+            traced = jax.jit(function).trace(*(jax.ShapeDtypeStruct(*array) for array in arrays))
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    return lower

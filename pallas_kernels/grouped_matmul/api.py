@@ -64,7 +64,8 @@ def grouped_matmul(
     sequence. A drop-in for `jax.lax.ragged_dot`.
 
     With `lhs_index` row m is `lhs[lhs_index[m]]`. On Hopper the kernel reads these rows where they are, and no
-    `lhs[lhs_index]` is ever in memory (ScatterMoE, arXiv 2403.08245, section 3.1).
+    `lhs[lhs_index]` is ever in memory (ScatterMoE, arXiv 2403.08245, section 3.1). The gradient of `lhs` then takes as
+    many passes over it as the most frequent number occurs.
 
     Args:
         lhs: [M, K], floating point; [T, K] with `lhs_index`.

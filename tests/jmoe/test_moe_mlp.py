@@ -1,6 +1,7 @@
 """`jmoe.moe_mlp` against the formulas: forward, gradients, absent assignments, memory, transformations."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -65,6 +66,29 @@ def test_a_single_tokens_output_is_the_same_with_and_without_a_backward(chosen, 
     np.testing.assert_allclose(alone, with_backward, rtol=1e-5, atol=1e-6)
     assert jnp.isfinite(alone).all()
     assert jnp.any(alone != 0) == present.any()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_without_assignments_outputs_and_gradients_are_zeros(tokens, make_problem):
+    problem = make_problem(tokens, 4, 0, activation="swiglu", bias=True)
+    alone = jax.jit(lambda arrays: problem.moe_mlp(**arrays))(problem.differentiable)
+    y, gradients = output_and_gradients(problem.moe_mlp, problem.differentiable, cotangent(problem))
+    for array in (alone, y, *gradients.values()):
+        assert not jnp.any(array)
+    assert alone.shape == problem.x.shape
+
+
+@pytest.mark.parametrize("experts_of", [[[0, 2]], [[1, 1]], [[-1, 3]]], ids=str)
+def test_a_single_token_is_batched_by_vmap(experts_of, make_problem):
+    problem = make_problem(3, 4, 2, activation="swiglu")
+
+    def layer(x, weight):
+        routing = jmoe.Routing(jnp.array(experts_of), weight[None])
+        return jmoe.moe_mlp(x[None], problem.w_up, problem.w_down, routing)[0]
+
+    batched = jax.vmap(layer)(problem.x, problem.weight)
+    for i in range(3):
+        np.testing.assert_allclose(batched[i], layer(problem.x[i], problem.weight[i]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -367,3 +391,22 @@ def test_a_routing_of_another_type_is_a_value_error(make_problem):
     routing: Any = (problem.expert_index, problem.weight)
     with pytest.raises(ValueError, match=r"routing is a tuple; it must be a jmoe.Routing or jmoe.Assignments"):
         jmoe.moe_mlp(problem.x, problem.w_up, problem.w_down, routing)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_on_a_hopper_gpu_rows_are_gathered_inside_the_kernels(biased, lower_for_cuda):
+    def run(x, w_up, w_down, b_down, weight, expert_index, dy):
+        def layer(x, w_up, w_down, b_down, weight):
+            bias = b_down if biased else None
+            return jmoe.moe_mlp(x, w_up, w_down, jmoe.Routing(expert_index, weight), b_down=bias)
+
+        y, pull_back = jax.vjp(layer, x, w_up, w_down, b_down, weight)
+        return y, pull_back(dy)
+
+    bf16 = jnp.bfloat16
+    x, w_up, w_down = ((1000, 128), bf16), ((4, 128, 128), bf16), ((4, 64, 128), bf16)
+    weight, expert_index = ((1000, 2), jnp.float32), ((1000, 2), jnp.int32)
+    program = lower_for_cuda(run, x, w_up, w_down, ((4, 128), bf16), weight, expert_index, x)
+    assert program.count("custom_call @mosaic_gpu") == 7  # six matmuls and the activation's gradient
+    # Only the sums that go with the bias take rows of dy outside.
+    assert bool(re.search(r"gather.*-> tensor<2000x128xbf16>", program)) == biased

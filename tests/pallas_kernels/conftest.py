@@ -1,4 +1,4 @@
-"""Grouped matmuls as loops over groups in NumPy, random operands, and a GPU that only has to be described."""
+"""Grouped matmuls as loops over groups in NumPy, random operands, and the interpreter of GPU kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -51,29 +51,6 @@ def normal():
         return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), dtype)
 
     return draw
-
-
-@pytest.fixture
-def h100():
-    """A context that traces for an H100 of `num_sms` multiprocessors, whatever the machine has."""
-
-    def describe(num_sms=132):
-        device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=num_sms)
-        return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
-
-    return describe
-
-
-@pytest.fixture
-def lower_for_cuda(h100):
-    """Lowers a function of arrays of these shapes and dtypes for an H100, and returns the program's text."""
-
-    def lower(function, *arrays):
-        with h100():
-            traced = jax.jit(function).trace(*(jax.ShapeDtypeStruct(*array) for array in arrays))
-            return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-    return lower
 
 
 @pytest.fixture

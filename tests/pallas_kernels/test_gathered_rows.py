@@ -321,3 +321,20 @@ def test_sources_too_large_for_the_kernels_numbers_are_gathered_before(lower_for
     program = lower_for_cuda(lambda lhs, rhs, sizes, i: grouped_matmul(lhs, rhs, sizes, lhs_index=i), *arrays)
     assert re.search(r"gather.*tensor<400x128xbf16>", program)
     assert program.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("too_large", [False, True])
+def test_the_weight_gradient_gathers_the_second_of_two_operands_before_and_both_if_they_are_too_large(
+    too_large, lower_for_cuda, monkeypatch
+):
+    if too_large:
+        monkeypatch.setattr(mosaic_gpu_weight_gradient, "MAX_BYTES", 1)
+    arrays = ((50, 128), jnp.bfloat16), ((60, 64), jnp.bfloat16), ((4,), jnp.int32), *[((400,), jnp.int32)] * 2
+
+    def gradient(lhs, out_grad, sizes, lhs_index, out_grad_index):
+        return grouped_weight_gradient(lhs, out_grad, sizes, lhs_index=lhs_index, out_grad_index=out_grad_index)
+
+    program = lower_for_cuda(gradient, *arrays)
+    assert program.count("custom_call @mosaic_gpu") == 1
+    assert re.search(r"gather.*-> tensor<400x64xbf16>", program)
+    assert bool(re.search(r"gather.*-> tensor<400x128xbf16>", program)) == too_large

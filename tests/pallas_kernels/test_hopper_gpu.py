@@ -150,7 +150,11 @@ def test_gathered_rows_give_the_bits_of_rows_gathered_before(m, k, n, sizes, dty
         actual, expected = np.asarray(run(**fused)), np.asarray(run(**before))
         np.testing.assert_array_equal(actual.view(np.uint8), expected.view(np.uint8))
 
-    x, other, sizes_ = sources(k), random_normal(1, m, n, dtype=dtype), {"group_sizes": group_sizes}
+    x, (other, _), sizes_ = (
+        sources(k),
+        nan_past(random_normal(1, m, n, dtype=dtype), sizes),
+        {"group_sizes": group_sizes},
+    )
     for transpose_rhs in (False, True):
         _, rhs, _ = matmul_operands(m, k, n, sizes, dtype, transpose_rhs)
         multiply = functools.partial(mosaic_matmul, transpose_rhs=transpose_rhs)
@@ -158,9 +162,19 @@ def test_gathered_rows_give_the_bits_of_rows_gathered_before(m, k, n, sizes, dty
         assert_same(multiply, {"lhs": x, "lhs_index": index} | operands, {"lhs": x[index]} | operands)
     operands = {"out_grad": other} | sizes_
     assert_same(mosaic_weight_gradient, {"lhs": x, "lhs_index": index} | operands, {"lhs": x[index]} | operands)
-    operands, dy = {"lhs": random_normal(2, m, k, dtype=dtype)} | sizes_, sources(n)
+    rows, _ = nan_past(random_normal(2, m, k, dtype=dtype), sizes)
+    operands, dy = {"lhs": rows} | sizes_, sources(n)
     fused = {"out_grad": dy, "out_grad_index": index}
     assert_same(mosaic_weight_gradient, fused | operands, {"out_grad": dy[index]} | operands)
+
+
+def test_numbers_of_rows_and_matrices_are_clipped():
+    lhs, rhs, _ = matmul_operands(50, 128, 192, [0] * 3, jnp.bfloat16)
+    sizes, matrix = jnp.array([100, 20, 7, 1]), jnp.array([2, -1, 99, 1])
+    index = jax.random.randint(jax.random.key(1), (130,), -60, 110)
+    out = jax.jit(mosaic_matmul)(lhs, rhs, sizes, lhs_index=index, rhs_index=matrix)
+    expected = jax.jit(mosaic_matmul)(lhs[jnp.clip(index, 0, 49)], rhs[jnp.array([2, 0, 2, 1])], sizes)
+    np.testing.assert_array_equal(np.asarray(out).view(np.uint16), np.asarray(expected).view(np.uint16))
 
 
 @pytest.mark.parametrize("weighted", [True, False])
