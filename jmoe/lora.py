@@ -134,11 +134,7 @@ class LoRAExperts(nnx.Module):
         if kernel.ndim == 3:
             base = apply(x, kernel, dispatch, **target)
         elif weights is not None and weights.ndim == x.ndim == 2 and not grouped_in:
-            present = dispatch.position < dispatch.group_sizes.sum()
-            total = jnp.where(present, weights, 0).sum(axis=1, keepdims=True)  # [T, 1]
-            # Before the matmul, whose output the gradient of the weights would need; x is kept in any case.
-            weighted = jnp.where(present.any(axis=1, keepdims=True), total.astype(x.dtype) * x, 0)
-            base = weighted @ kernel.astype(x.dtype)
+            base = _dense_combine(x, weights, kernel, dispatch)
         else:
             base = apply(x, kernel[None], _as_one_group(dispatch), **target)
         return base + adapted
@@ -152,6 +148,18 @@ class LoRAExperts(nnx.Module):
         dtype = jnp.promote_types(jnp.result_type(kernel, lora_a, lora_b), jnp.float32)
         update = jnp.matmul(lora_a.astype(dtype), lora_b.astype(dtype), precision="highest")  # [E, D, N]
         return (kernel.astype(dtype) + self.scale * update).astype(kernel.dtype)
+
+
+@jax.checkpoint  # or copies of x, weighted, and of the kernel, cast, would be kept for the backward
+def _dense_combine(
+    x: Float[Array, "T D"], weights: Float[Array, "T K"], kernel: Float[Array, "D N"], dispatch: Dispatch
+) -> Float[Array, "T N"]:
+    """Sums `weights[t, k] * x[t] @ kernel` over the present assignments, with one product a token."""
+    present = dispatch.position < dispatch.group_sizes.sum()
+    total = jnp.where(present, weights, 0).sum(axis=1, keepdims=True)  # [T, 1]
+    # Weighted before the product, which the gradient of the weights would need otherwise.
+    rows = jnp.where(present.any(axis=1, keepdims=True), total.astype(x.dtype) * x, 0)
+    return rows @ kernel.astype(x.dtype)
 
 
 def _as_one_group(dispatch: Dispatch) -> Dispatch:

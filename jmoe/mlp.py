@@ -15,6 +15,7 @@ from jmoe.combine import combine, group_sum
 from jmoe.debug import check
 from jmoe.dispatch import Dispatch, check_routing, dispatch_unsorted, make_dispatch
 from jmoe.routing import Assignments, Routing, is_present
+from jmoe.rows import accumulator, accumulator_dtype, of_expert, take_rows, weighted
 from pallas_kernels import (
     Implementation,
     activation_gradient,
@@ -128,7 +129,7 @@ def _forward(options, x, parameters, weight, dispatch, unsorted):
     # Where layers are scanned, XLA would run the matmul twice: once to write to the stack of all layers' h, and
     # once for the activation.
     h = lax.optimization_barrier(_up(options, x, parameters, weight, dispatch))  # [R, H]
-    a = activate(options.activation, _accumulator(h)).astype(x.dtype)  # [R, F]
+    a = activate(options.activation, accumulator(h)).astype(x.dtype)  # [R, F]
     y_rows = _down(options, a, parameters, dispatch)  # [R, D]
     y = combine(y_rows, weight if options.weight_on == "output" else None, dispatch, x.shape[0])  # [T, D]
     if parameters.b_up is None and parameters.b_down is None:
@@ -152,16 +153,16 @@ def _backward(options, residuals, dy):
     dw_down = _weight_gradient(options, a, dy, parameters.w_down, dispatch, out_grad_index=token_index)  # [E, F, D]
     db_down = None
     if parameters.b_down is not None:
-        dy_rows = _accumulator(_gather(dy, dispatch))
-        dv_rows = _scale(dy_rows, weight, dispatch) if options.weight_on == "output" else dy_rows
+        dy_rows = accumulator(take_rows(dy, dispatch.token_index))
+        dv_rows = weighted(dy_rows, weight, dispatch) if options.weight_on == "output" else dy_rows
         db_down = _bias_gradient(dv_rows, parameters.b_down, dispatch)  # [E, D]
 
     dx_rows = _matmul(options, dh, parameters.w_up, dispatch, transpose_rhs=True)  # [R, D]
     db_up = _bias_gradient(dh, parameters.b_up, dispatch)  # [E, H]
     if options.weight_on == "input":
-        dweight = jnp.sum(_accumulator(_gather(x, dispatch)) * _accumulator(dx_rows), axis=1)
+        dweight = jnp.sum(accumulator(take_rows(x, dispatch.token_index)) * accumulator(dx_rows), axis=1)
         dx = combine(dx_rows, weight, dispatch, x.shape[0])
-        dh = _scale(dh, weight, dispatch)
+        dh = weighted(dh, weight, dispatch)
     else:
         dx = combine(dx_rows, None, dispatch, x.shape[0])
     dw_up = _weight_gradient(options, x, dh, parameters.w_up, dispatch, lhs_index=token_index)  # [E, D, H]
@@ -176,13 +177,13 @@ _moe_mlp.defvjp(_forward, _backward)
 def _up(options, x, parameters, weight, dispatch):
     """Computes the pre-activations, one row for each assignment."""
     exact = options.weight_on == "input" or parameters.b_up is not None
-    dtype = _accumulator_dtype(x) if exact else x.dtype
+    dtype = accumulator_dtype(x) if exact else x.dtype
     h = _matmul(options, x, parameters.w_up, dispatch, lhs_index=dispatch.token_index, dtype=dtype)
     if options.weight_on == "input":
         # After the matmul, where the product is still in float32: (w x) W = w (x W).
-        h = _scale(h, weight, dispatch)
+        h = weighted(h, weight, dispatch)
     if parameters.b_up is not None:
-        h += _of_rows(parameters.b_up, dispatch)
+        h += of_expert(parameters.b_up, dispatch)
     return h.astype(x.dtype)
 
 
@@ -190,8 +191,8 @@ def _down(options, a, parameters, dispatch):
     """Computes the experts' outputs, one row for each assignment."""
     if parameters.b_down is None:
         return _matmul(options, a, parameters.w_down, dispatch)
-    y_rows = _matmul(options, a, parameters.w_down, dispatch, dtype=_accumulator_dtype(a))
-    return (y_rows + _of_rows(parameters.b_down, dispatch)).astype(a.dtype)
+    y_rows = _matmul(options, a, parameters.w_down, dispatch, dtype=accumulator_dtype(a))
+    return (y_rows + of_expert(parameters.b_down, dispatch)).astype(a.dtype)
 
 
 def _down_input_gradient(options, dy, h, parameters, weight, dispatch):
@@ -210,8 +211,8 @@ def _down_input_gradient(options, dy, h, parameters, weight, dispatch):
         implementation="xla" if callable(options.activation) else options.implementation,
     )
     if dweight is not None and parameters.b_down is not None:
-        dy_rows = _accumulator(_gather(dy, dispatch))
-        dweight += jnp.sum(dy_rows * _of_rows(parameters.b_down, dispatch), axis=1)
+        dy_rows = accumulator(take_rows(dy, dispatch.token_index))
+        dweight += jnp.sum(dy_rows * of_expert(parameters.b_down, dispatch), axis=1)
     return dh, a, dweight
 
 
@@ -242,27 +243,6 @@ def _weight_gradient(options, rows, out_grad, weights, dispatch, *, lhs_index=No
         out_grad_index=out_grad_index,
         implementation=options.implementation,
     )
-
-
-def _gather(tokens, dispatch):
-    """Reads the token of each row, for a sum that XLA computes along with it. Absent rows read some token or other."""
-    return tokens.at[dispatch.token_index].get(mode="clip")
-
-
-def _of_rows(per_expert, dispatch):
-    return _accumulator(per_expert).at[dispatch.expert_index].get(mode="clip")
-
-
-def _scale(rows, weight, dispatch):
-    return (dispatch.to_rows(weight)[:, None] * _accumulator(rows)).astype(rows.dtype)
-
-
-def _accumulator_dtype(array):
-    return jnp.promote_types(array.dtype, jnp.float32)
-
-
-def _accumulator(array):
-    return array.astype(_accumulator_dtype(array))
 
 
 def _check_arguments(x, parameters, routing, activation, weight_on):

@@ -16,14 +16,14 @@ from jmoe.combine import combine, group_sum
 from jmoe.debug import check
 from jmoe.dispatch import Dispatch
 from jmoe.parameters import per_expert
+from jmoe.rows import accumulator, accumulator_dtype, of_expert, take_rows, weighted
 from jmoe.sharding import partitioned
 from pallas_kernels import Implementation, grouped_matmul, grouped_weight_gradient
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
 
-Order = Literal["tokens", "assignments", "rows"]
-"""An array has a row for each token; for each assignment, with axes [T, K]; or for each row of a dispatch."""
+_Order = Literal["tokens", "assignments", "rows"]  # what an array has a row for
 
 
 def parallel_linear(
@@ -92,8 +92,8 @@ def parallel_linear(
         >>> jmoe.parallel_linear(x, kernel, dispatch, weights=routing.weight).tolist()
         [[55.0], [200.0]]
     """
-    source: Order = "rows" if grouped_in else "assignments" if x.ndim == 3 else "tokens"
-    target: Order = "rows" if grouped_out else "assignments" if weights is None else "tokens"
+    source: _Order = "rows" if grouped_in else "assignments" if x.ndim == 3 else "tokens"
+    target: _Order = "rows" if grouped_out else "assignments" if weights is None else "tokens"
     if weights is not None and grouped_out:
         raise ValueError(
             "weights are given and grouped_out is True; weights belong to a scattered output: drop one of the two."
@@ -110,10 +110,8 @@ def parallel_linear(
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """What a parallel linear map is besides its arrays; hashable, so that it is a static argument."""
-
-    source: Order
-    target: Order
+    source: _Order
+    target: _Order
     num_tokens: int | None
     implementation: Implementation | None
 
@@ -126,12 +124,12 @@ def _parallel_linear(
         _as_matrix(x),
         kernel.astype(x.dtype),
         dispatch.group_sizes,
-        preferred_element_type=x.dtype if bias is None else _accumulator_dtype(x),
+        preferred_element_type=x.dtype if bias is None else accumulator_dtype(x),
         lhs_index=_index(options.source, dispatch),
         implementation=options.implementation,
     )  # [R, N]
     if bias is not None:
-        rows = jnp.where(_in_group(dispatch)[:, None], rows + _of_rows(bias, dispatch), 0).astype(x.dtype)
+        rows = _without_absent(rows + of_expert(bias, dispatch), dispatch).astype(x.dtype)
     return _from_rows(options.target, rows, weights, dispatch, options.num_tokens)
 
 
@@ -141,17 +139,15 @@ def _forward(options, x, kernel, bias, weights, dispatch):
 
 def _backward(options, residuals, dy):
     x, kernel, bias, weights, dispatch = residuals
-    # The backward repeats gathers and casts of the forward. Without the barrier XLA would see that, compute them
-    # once and keep them from forward to backward. Where layers are scanned a barrier makes copies, so a kernel that
-    # is not cast stays out of it.
+    # As in the backward of `moe_mlp`: nothing computed in the forward is to be kept for this.
     dispatch, dy = lax.optimization_barrier((dispatch, dy))
     if kernel.dtype != x.dtype:
         kernel = lax.optimization_barrier(kernel)
-    x_index, dy_index = _index(options.source, dispatch), _index(options.target, dispatch)
-    x_matrix, dy_matrix = _as_matrix(x), _as_matrix(dy)
-    # Before the weights, which the dot product with x then needs no division by.
+    x_rows, x_index = _as_matrix(x), _index(options.source, dispatch)
+    dy_rows, dy_index = _as_matrix(dy), _index(options.target, dispatch)
+    # Without the weights, so that their gradient can be had from it.
     dx_rows = grouped_matmul(
-        dy_matrix,
+        dy_rows,
         kernel.astype(x.dtype),
         dispatch.group_sizes,
         transpose_rhs=True,
@@ -161,31 +157,24 @@ def _backward(options, residuals, dy):
     dx = _from_rows(options.source, dx_rows, weights, dispatch, options.num_tokens)
 
     dweights = None
+    if bias is not None or weights is not None:
+        dy_rows, dy_index = take_rows(dy_rows, dy_index), None
     if weights is not None:
-        # One side of the kernel's gradient is weighted, and so copied; the other is read where it is.
-        x_rows, dy_rows = _take(x_matrix, x_index), _take(dy_matrix, dy_index)
-        of_rows = jnp.sum(_accumulator(x_rows) * _accumulator(dx_rows), axis=1)  # [R]
+        of_rows = jnp.sum(accumulator(take_rows(x_rows, x_index)) * accumulator(dx_rows), axis=1)  # [R]
         if bias is not None:
-            of_rows += jnp.sum(_accumulator(dy_rows) * _of_rows(bias, dispatch), axis=1)
+            of_rows += jnp.sum(accumulator(dy_rows) * of_expert(bias, dispatch), axis=1)
         dweights = dispatch.from_rows(of_rows).astype(weights.dtype)
-        weighted_dy = _weighted(dy_rows, weights, dispatch)  # [R, N]
-        if options.source == "rows":
-            x_matrix = _weighted(x_matrix, weights, dispatch)  # [R, D]
-        else:
-            dy_matrix, dy_index = weighted_dy, None
-    else:
-        weighted_dy = dy_matrix if bias is None else _take(dy_matrix, dy_index)
-
+        dy_rows = weighted(dy_rows, weights, dispatch)
     dkernel = grouped_weight_gradient(
-        x_matrix,
-        dy_matrix,
+        x_rows,
+        dy_rows,
         dispatch.group_sizes,
         preferred_element_type=kernel.dtype,
         lhs_index=x_index,
         out_grad_index=dy_index,
         implementation=options.implementation,
     )  # [E, D, N]
-    dbias = None if bias is None else group_sum(weighted_dy, dispatch.group_sizes).astype(bias.dtype)  # [E, N]
+    dbias = None if bias is None else group_sum(dy_rows, dispatch.group_sizes).astype(bias.dtype)  # [E, N]
     return dx, dkernel, dbias, dweights, None
 
 
@@ -196,7 +185,7 @@ def _as_matrix(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _index(order: Order, dispatch: Dispatch) -> Int32[Array, " R"] | None:
+def _index(order: _Order, dispatch: Dispatch) -> Int32[Array, " R"] | None:
     """Says where each row is in an array of that order, its axes but the last flattened; None if row m is row m."""
     match order:
         case "tokens":
@@ -209,16 +198,20 @@ def _index(order: Order, dispatch: Dispatch) -> Int32[Array, " R"] | None:
             return None
 
 
-def _from_rows(order: Order, rows: Array, weights: Array | None, dispatch: Dispatch, num_tokens: int | None) -> Array:
+def _from_rows(order: _Order, rows: Array, weights: Array | None, dispatch: Dispatch, num_tokens: int | None) -> Array:
     """Brings rows into that order, weighted; absent ones as zeros, and those of a token summed."""
     if order == "tokens":
         assert num_tokens is not None
         return combine(rows, weights, dispatch, num_tokens)
     if weights is not None:
-        rows = _weighted(rows, weights, dispatch)
+        rows = _without_absent(weighted(rows, weights, dispatch), dispatch)
     if order == "rows":
         return rows
     return jnp.where(_is_present(dispatch)[..., None], rows[dispatch.position], 0)
+
+
+def _without_absent(rows: Array, dispatch: Dispatch) -> Array:
+    return jnp.where(_in_group(dispatch)[:, None], rows, 0)
 
 
 def _is_present(dispatch: Dispatch) -> Bool[Array, "*_"]:
@@ -227,33 +220,12 @@ def _is_present(dispatch: Dispatch) -> Bool[Array, "*_"]:
 
 
 def _in_group(dispatch: Dispatch) -> Bool[Array, " R"]:
+    """Says which rows are in a group."""
     return jnp.arange(dispatch.token_index.size, dtype=jnp.int32) < dispatch.group_sizes.sum()
 
 
-def _weighted(rows: Array, weights: Array, dispatch: Dispatch) -> Array:
-    """Multiplies each row with its assignment's weight; gives zeros for absent ones."""
-    weighted = dispatch.to_rows(weights)[:, None] * _accumulator(rows)
-    return jnp.where(_in_group(dispatch)[:, None], weighted, 0).astype(rows.dtype)
-
-
-def _of_rows(per_expert: Array, dispatch: Dispatch) -> Array:
-    return _accumulator(per_expert).at[dispatch.expert_index].get(mode="clip")
-
-
-def _take(matrix: Array, index: Array | None) -> Array:
-    return matrix if index is None else matrix.at[index].get(mode="clip")
-
-
-def _accumulator_dtype(array: Array) -> jnp.dtype:
-    return jnp.promote_types(array.dtype, jnp.float32)
-
-
-def _accumulator(array: Array) -> Array:
-    return array.astype(_accumulator_dtype(array))
-
-
 def _check_arguments(
-    source: Order,
+    source: _Order,
     x: Array,
     kernel: Array,
     dispatch: Dispatch,
@@ -262,6 +234,8 @@ def _check_arguments(
     num_tokens: int | None,
 ) -> int | None:
     """Checks what goes with what, and returns T where it is known."""
+    if dispatch.expert_of_group is not None:
+        raise ValueError("dispatch has expert_of_group, groups that are no experts; it must be of jmoe.make_dispatch.")
     check_array("kernel", kernel, ("E", "D", "N"), {"E": dispatch.group_sizes.size})
     sizes = {"D": kernel.shape[1], "N": kernel.shape[2], "E": kernel.shape[0], "R": dispatch.token_index.size}
     assignments = ("R",)

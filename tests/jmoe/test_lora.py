@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -112,19 +113,43 @@ def _with_kernel(layer, kernel):
     return layer
 
 
+@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("kernel_kind", ["dense", "experts"])
-def test_only_x_the_narrow_rows_and_what_was_passed_are_kept_for_the_backward(kernel_kind, routing):
-    layer, x = make(kernel_kind), normal(3, T, D)
+def test_only_x_the_narrow_rows_and_what_was_passed_are_kept_for_the_backward(kernel_kind, weighted, routing):
+    layer, x = make(kernel_kind, dtype=jnp.bfloat16), normal(3, T, D, dtype=jnp.bfloat16)
     dispatch = jmoe.make_dispatch(routing, E)
     graphdef, state = nnx.split(layer)
 
     def apply(state, x, weights):
-        return nnx.merge(graphdef, state)(x, dispatch, weights=weights)
+        return nnx.merge(graphdef, state)(x, dispatch, weights=weights if weighted else None)
 
     kept = jax.tree.leaves(jax.eval_shape(lambda *arrays: jax.vjp(apply, *arrays)[1], state, x, routing.weight))
-    shapes = {a.shape for a in kept if jnp.issubdtype(a.dtype, jnp.floating)}
-    parameters = {a.shape for a in jax.tree.leaves(state)}
-    assert shapes - parameters <= {(T, D), (T * K, RANK), (T, K), (T, 1), ()}
+    kept = {(a.shape, a.dtype.name) for a in kept if jnp.issubdtype(a.dtype, jnp.floating)}
+    as_passed = {(a.shape, "float32") for a in jax.tree.leaves(state)} | {((1, D, N), "float32")}
+    assert kept - as_passed <= {
+        ((T, D), "bfloat16"),
+        ((T * K, RANK), "bfloat16"),
+        ((T, K), "float32"),
+        ((), "bfloat16"),
+    }
+
+
+@pytest.mark.parametrize("kernel_kind", ["dense", "experts"])
+def test_the_only_gradients_of_matrices_that_are_computed_are_the_adapters(kernel_kind, routing):
+    layer, x, dispatch = make(kernel_kind, implementation="reference"), normal(3, T, D), jmoe.make_dispatch(routing, E)
+
+    def gradients(adapters, x, weights):
+        def loss(adapters, x, weights):
+            changed = nnx.clone(layer)
+            changed.lora_a[...], changed.lora_b[...] = adapters
+            return changed(x, dispatch, weights=weights).sum()
+
+        return jax.grad(loss, argnums=(0, 1, 2))(adapters, x, weights)
+
+    program = jax.jit(gradients).lower((layer.lora_a[...], layer.lora_b[...]), x, routing.weight).compile().as_text()
+    products = set(re.findall(r"= f32\[([\d,]+)\]\S* dot\(", program))
+    of_matrices = {shape for shape in products if shape.count(",") == 2 or shape == f"{D},{N}"}
+    assert of_matrices == {f"{E},{D},{RANK}", f"{E},{RANK},{N}"}
 
 
 def test_new_adapters_change_nothing_and_compute_in_the_dtype_asked_for(routing):

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import jmoe
+from jmoe.dispatch import dispatch_unsorted
 
 # Where x and y have their rows: a row for each token (y: their weighted sum), assignment or row of the dispatch.
 PATHS = list(itertools.product(["tokens", "assignments", "rows"], repeat=2))
@@ -251,6 +252,7 @@ def test_bad_arguments_are_named(make_problem, without_annotation_checks):
     x, kernel = problem.arrays["x"], problem.arrays["kernel"]
     dispatch = make_dispatch(problem.routing, 4)
     flat = make_dispatch(dataclasses.replace(problem, flat=True).routing, 4)
+    first = jmoe.Routing(problem.routing.expert_index[:1], jnp.ones((1, 2)))
     weights = jnp.ones((7, 2))
     for call, message in (
         (lambda: jmoe.parallel_linear(x[:, :3], kernel, dispatch), r"x is .*\[7, 3\]; it must be .*\[T=7, D=5\]"),
@@ -268,6 +270,10 @@ def test_bad_arguments_are_named(make_problem, without_annotation_checks):
         (
             lambda: jmoe.parallel_linear(jnp.ones((14, 5)), kernel, flat, grouped_in=True, weights=jnp.ones(14)),
             "pass num_tokens",
+        ),
+        (
+            lambda: jmoe.parallel_linear(x[:1], kernel, dispatch_unsorted(first, 4)),
+            "dispatch has expert_of_group.* jmoe.make_dispatch",
         ),
         (lambda: jmoe.ParallelLinear(0, 3, 4, rngs=nnx.Rngs(0)), "in_features is 0; it must be at least 1"),
     ):
