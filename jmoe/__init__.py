@@ -1,7 +1,8 @@
 """Dropless Mixture-of-Experts for JAX: routing, dispatch, expert MLPs and the layer around them."""
 
 from jmoe import linen
-from jmoe.activations import Activation
+from jmoe.activations import Activation, Gated
+from jmoe.capacity import limit_to_capacity
 from jmoe.debug import debug_checks
 from jmoe.dispatch import Dispatch, make_dispatch
 from jmoe.lora import LoRAExperts
@@ -17,6 +18,7 @@ __all__ = [
     "Activation",
     "Assignments",
     "Dispatch",
+    "Gated",
     "LoRAExperts",
     "MoE",
     "MoEAux",
@@ -24,6 +26,7 @@ __all__ = [
     "Routing",
     "debug_checks",
     "expert_load",
+    "limit_to_capacity",
     "linen",
     "load_balancing_loss",
     "logical_axis_rules",

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,15 @@ from jaxtyping import Array, Float
 from jmoe.activations import Activation, activate, is_gated
 from jmoe.mlp import ExpertParameters, WeightOn, moe_mlp
 from jmoe.routing import Routing
+from jmoe.rows import accumulator_dtype
 from pallas_kernels import Implementation
+
+
+class SharedParameters(NamedTuple):
+    """The parameters of a shared expert: the MLP's, without E, and the gate's [D, 1] if it has one."""
+
+    mlp: ExpertParameters
+    gate: Float[Array, "D 1"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +38,13 @@ def sharded_mlps(
     x: Float[Array, "T D"],
     routing: Routing,
     experts: ExpertParameters,
-    shared: ExpertParameters | None,
+    shared: SharedParameters | None,
     axes: ShardAxes,
     *,
+    shared_weight: float | None,
     activation: Activation,
     weight_on: WeightOn,
+    remat: bool,
     implementation: Implementation | None,
 ) -> Float[Array, "T D"]:
     """Computes `moe_mlp` of this shard's tokens, plus the shared expert if there is one.
@@ -46,10 +57,12 @@ def sharded_mlps(
         x: [T, D], this shard's tokens.
         routing: of the same tokens, with global expert indices.
         experts: this shard's experts, at their full hidden width.
-        shared: the shared expert, the same shapes without E.
+        shared: the shared expert.
         axes: what is sharded over which mesh axes.
+        shared_weight: the share of the shared expert in a weighted sum with the others; None for a plain sum.
         activation: as in `moe_mlp`.
         weight_on: as in `moe_mlp`.
+        remat: as in `moe_mlp`, and the same for the shared expert.
         implementation: as in `moe_mlp`.
 
     Returns:
@@ -65,11 +78,13 @@ def sharded_mlps(
         **split_hidden(experts)._asdict(),
         activation=activation,
         weight_on=weight_on,
+        remat=remat,
         implementation=implementation,
     )
     y = _reduce_tokens(all_y, axes.experts, axes)
     if shared is not None:
-        y += _dense_mlp(x, split_hidden(shared), activation)
+        of_shared = _dense_mlp(x, split_hidden(shared.mlp), shared.gate, activation, remat=remat)
+        y = y + of_shared if shared_weight is None else (1 - shared_weight) * y + shared_weight * of_shared
     return _reduce_tokens(y, axes.hidden, axes)
 
 
@@ -117,12 +132,29 @@ def _hidden_slice(parameters: ExpertParameters, *, gated: bool, axes: tuple[str,
     )
 
 
-# As in `moe_mlp`, the backward gets x, the parameters as they came and the pre-activations, and recomputes the rest.
-@functools.partial(
-    jax.checkpoint, static_argnums=2, policy=jax.checkpoint_policies.save_only_these_names("pre_activations")
-)
-def _dense_mlp(x: Float[Array, "T D"], parameters: ExpertParameters, activation: Activation) -> Float[Array, "T D"]:
-    w_up, w_down, b_up, b_down = jax.tree.map(lambda parameter: parameter.astype(x.dtype), parameters)
-    h = checkpoint_name(x @ w_up if b_up is None else x @ w_up + b_up, "pre_activations")
-    y = activate(activation, h) @ w_down
-    return y if b_down is None else y + b_down
+def _dense_mlp(
+    x: Float[Array, "T D"],
+    parameters: ExpertParameters,
+    gate: Float[Array, "D 1"] | None,
+    activation: Activation,
+    *,
+    remat: bool,
+) -> Float[Array, "T D"]:
+    """Computes one MLP for all tokens, times `sigmoid(x @ gate)` if there is a gate."""
+
+    def apply(x, parameters, gate):
+        w_up, w_down, b_up, b_down = jax.tree.map(lambda parameter: parameter.astype(x.dtype), parameters)
+        h = checkpoint_name(x @ w_up if b_up is None else x @ w_up + b_up, "pre_activations")
+        a = activate(activation, h)
+        if gate is None:
+            return a @ w_down if b_down is None else a @ w_down + b_down
+        dtype = accumulator_dtype(x)
+        openness = jax.nn.sigmoid(x.astype(dtype) @ gate.astype(dtype)).astype(x.dtype)  # [T, 1]
+        # Of the activations, since that of the output would need the output in the backward.
+        y = (openness * a) @ w_down
+        return y if b_down is None else y + openness * b_down
+
+    # As in `moe_mlp`, the backward gets x, the parameters as they came and the pre-activations, and recomputes the
+    # rest.
+    policy = None if remat else jax.checkpoint_policies.save_only_these_names("pre_activations")
+    return jax.checkpoint(apply, policy=policy)(x, parameters, gate)

@@ -36,6 +36,7 @@ def moe_mlp(
     b_up: Float[Array, "E H"] | None = None,
     b_down: Float[Array, "E D"] | None = None,
     weight_on: WeightOn = "output",
+    remat: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[Array, "T D"]:
     """Computes the weighted sum of each token's expert MLPs; no token is dropped, whatever the routing.
@@ -56,10 +57,12 @@ def moe_mlp(
         routing: the experts of each token. A token with no present assignment gets zeros.
         activation: gated "swiglu", "geglu", "reglu"; plain "gelu", "relu", "relu_squared", "silu", or any
             function of an array, applied element by element (a plain one; it may not close over traced
-            arrays).
+            arrays); gated with any function as gate: `jmoe.Gated`.
         b_up: [E, 2F] or [E, F], added before the activation.
         b_down: [E, D], added to the expert's output, so that it is weighted too.
         weight_on: what the routing weight multiplies, the expert's "output" or its "input" (Llama 4).
+        remat: whether the backward computes the pre-activations again instead of keeping them; then only x is
+            kept, for one more grouped matmul.
         implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`.
 
     Returns:
@@ -87,7 +90,7 @@ def moe_mlp(
         jnp.isfinite(routing.weight) | ~is_present(routing.expert_index, w_up.shape[0]),
         "the routing weight of a present assignment is not finite",
     )
-    options = _Options(activation, weight_on, implementation)
+    options = _Options(activation, weight_on, remat, implementation)
     unsorted = None
     if isinstance(routing, Routing) and x.shape[0] == 1 and routing.expert_index.size:
         unsorted = dispatch_unsorted(routing, w_up.shape[0])
@@ -107,6 +110,7 @@ class ExpertParameters(NamedTuple):
 class _Options:
     activation: Activation
     weight_on: WeightOn
+    remat: bool
     implementation: Implementation | None
 
 
@@ -135,7 +139,7 @@ def _forward(options, x, parameters, weight, dispatch, unsorted):
     if parameters.b_up is None and parameters.b_down is None:
         dispatch = dataclasses.replace(dispatch, expert_index=None)  # which only the biases' gradients read
     # The parameters as they came: a copy in the compute dtype would live until the backward.
-    return y, (x, parameters, weight, dispatch, h)
+    return y, (x, parameters, weight, dispatch, None if options.remat else h)
 
 
 def _backward(options, residuals, dy):
@@ -148,6 +152,8 @@ def _backward(options, residuals, dy):
     (token_index, position), are_cast, dy = lax.optimization_barrier((row_maps, are_cast, dy))
     dispatch = dataclasses.replace(dispatch, token_index=token_index, position=position)
     parameters = ExpertParameters._make(p if c is None else c for p, c in zip(parameters, are_cast, strict=True))
+    if h is None:
+        h = _up(options, x, parameters, weight, dispatch)  # [R, H]
     # [R, H], [R, F], [R]
     dh, a, dweight = _down_input_gradient(options, dy, h, parameters, weight, dispatch)
     dw_down = _weight_gradient(options, a, dy, parameters.w_down, dispatch, out_grad_index=token_index)  # [E, F, D]

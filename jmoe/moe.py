@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, Literal, NamedTuple, get_args, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from jmoe.activations import Activation
+from jmoe.capacity import expert_capacity, limit_to_capacity
 from jmoe.debug import refuse_mesh
-from jmoe.expert_parallel import ShardAxes, sharded_mlps
+from jmoe.expert_parallel import ShardAxes, SharedParameters, sharded_mlps
 from jmoe.losses import expert_load, load_balancing_loss, router_z_loss
 from jmoe.mlp import WeightOn
 from jmoe.parameters import SharedExpert, create_mlp_parameters, mlp_parameters
@@ -25,6 +26,8 @@ from pallas_kernels import Implementation
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
+
+SharedCombine = Literal["sum", "weighted_sum", "sigmoid_gate"]
 
 
 @no_type_check  # JAX also builds pytrees of other shapes and of things that are no arrays
@@ -36,7 +39,8 @@ class MoEAux:
     Attributes:
         load_balancing_loss: f32[], 1 at perfect balance (`jmoe.load_balancing_loss`).
         router_z_loss: f32[] (`jmoe.router_z_loss`).
-        expert_load: f32[E], each expert's share of the assignments; sums to 1.
+        expert_load: f32[E], each expert's share of the assignments; sums to 1. What a capacity drops counts here and
+            in the losses.
         dropped_fraction: f32[], the share of the tokens' K assignments that no expert got; 0 in a dropless
             layer.
     """
@@ -53,7 +57,8 @@ class MoE(nnx.Module):
     `y = sum_k w_k * MLP_{e_k}(x)`, with experts and weights from a linear router (`jmoe.route_top_k`).
     Parameters are `router.kernel` [D, E], `w_up` [E, D, 2F] (gated, gate columns first; [E, D, F] plain),
     `w_down` [E, F, D] and, with `use_bias`, `b_up` and `b_down`; `shared` holds those of the shared expert,
-    without E. They carry the logical axis names of `jmoe.LOGICAL_AXIS_RULES`, and need no mesh.
+    without E, and `bias` [D] is that of the output. They carry the logical axis names of
+    `jmoe.LOGICAL_AXIS_RULES`, and need no mesh.
 
     On a mesh (`jax.set_mesh`) the experts are computed where they are stored: tokens are all-gathered over
     the expert axis and the outputs reduced back. Axes of the mesh may be Auto or Explicit. Inside a
@@ -72,9 +77,16 @@ class MoE(nnx.Module):
         weight_on: as in `jmoe.moe_mlp`.
         router_jitter: where `rngs` are passed to a call, the router's input is multiplied with noise, uniform
             in `1 +- router_jitter` (Switch Transformer, arXiv 2101.03961, section 2.4).
-        shared_hidden_features: the hidden width of an expert that every token goes through besides, with
-            weight 1; 0 for none.
+        capacity_factor: c, if each expert is to take no more than `ceil(c * T * K / E)` assignments of the T
+            tokens of a call (of all shards; masked tokens count in T). The rest is dropped as `jmoe.limit_to_capacity`
+            says, and a token that no expert takes gets zeros. None or 0: dropless.
+        shared_hidden_features: the hidden width of an expert that every token goes through besides; 0 for none.
+        shared_combine: what is done with the shared expert's output s and the sum y of the others: "sum", `y + s`;
+            "weighted_sum", `(K * y + s) / (K + 1)` (MegaBlocks' `shared_expert_weighted_sum`); "sigmoid_gate",
+            `y + sigmoid(x @ shared.gate) * s` (Qwen2-MoE), with `shared.gate` [D, 1].
         use_bias: whether the experts have biases; the router has none.
+        use_output_bias: whether the layer has a bias, `bias` [D], added once to each token's output.
+        remat: as in `jmoe.moe_mlp`, and the same for the shared expert.
         dtype: the dtype of the experts' computation and of the output; by default the promoted dtype of the
             input and the experts' parameters. The router computes in float32 (float64 for float64) in any
             case.
@@ -112,8 +124,12 @@ class MoE(nnx.Module):
         scale: float = 1.0,
         weight_on: WeightOn = "output",
         router_jitter: float = 0.0,
+        capacity_factor: float | None = None,
         shared_hidden_features: int = 0,
+        shared_combine: SharedCombine = "sum",
         use_bias: bool = False,
+        use_output_bias: bool = False,
+        remat: bool = False,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         kernel_init: Initializer = _KERNEL_INIT,
@@ -127,6 +143,15 @@ class MoE(nnx.Module):
                 raise ValueError(f"{name} is {size}; it must be at least 1.")
         if shared_hidden_features < 0:
             raise ValueError(f"shared_hidden_features is {shared_hidden_features}; it must be 0 (none) or more.")
+        if shared_combine not in get_args(SharedCombine):
+            names = ", ".join(map(repr, get_args(SharedCombine)))
+            raise ValueError(f"shared_combine is {shared_combine!r}; it must be one of {names}.")
+        if shared_combine != "sum" and not shared_hidden_features:
+            raise ValueError(
+                f"shared_combine is {shared_combine!r} without a shared expert; set shared_hidden_features."
+            )
+        if capacity_factor:
+            expert_capacity(capacity_factor, 1, top_k, num_experts)  # checks the factor
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}; it must be between 1 and num_experts, {num_experts}.")
         self.features = features
@@ -140,8 +165,12 @@ class MoE(nnx.Module):
         self.scale = scale
         self.weight_on: WeightOn = weight_on
         self.router_jitter = router_jitter
+        self.capacity_factor = capacity_factor
         self.shared_hidden_features = shared_hidden_features
+        self.shared_combine: SharedCombine = shared_combine
         self.use_bias = use_bias
+        self.use_output_bias = use_output_bias
+        self.remat = remat
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.implementation: Implementation | None = implementation
@@ -166,8 +195,15 @@ class MoE(nnx.Module):
         )
         experts = create(hidden_features, "expert_hidden", num_experts=num_experts)
         self.w_up, self.w_down, self.b_up, self.b_down = experts
-        shared = SharedExpert(*create(shared_hidden_features, "mlp")) if shared_hidden_features else None
+        shared = None
+        if shared_hidden_features:
+            mlp, gate = create(shared_hidden_features, "mlp"), None
+            if shared_combine == "sigmoid_gate":
+                gate = nnx.Param(partitioned(kernel_init, ("embed", None))(rngs.params(), (features, 1), param_dtype))
+            shared = SharedExpert(mlp, gate)
         self.shared = nnx.data(shared)
+        bias = partitioned(bias_init, ("embed",))
+        self.bias = nnx.Param(bias(rngs.params(), (features,), param_dtype)) if use_output_bias else None
 
     def __call__(
         self,
@@ -202,7 +238,8 @@ class MoE(nnx.Module):
         parameters = _Parameters(
             self.router.kernel[...],
             mlp_parameters(self),
-            None if self.shared is None else mlp_parameters(self.shared),
+            None if self.shared is None else _shared_parameters(self.shared),
+            None if self.bias is None else self.bias[...],
         )
         axis_names = shardable_axes(jax.sharding.get_abstract_mesh())
         if not axis_names:
@@ -214,7 +251,7 @@ class MoE(nnx.Module):
         replicated = PartitionSpec()
         in_specs = (
             _Inputs(tokens, tokens, PartitionSpec(*tokens[:-1])),
-            _Parameters(replicated, PartitionSpec(axes.experts), replicated),
+            _Parameters(replicated, PartitionSpec(axes.experts), replicated, replicated),
         )
         # Kernels and loops do not say which mesh axes their results vary over, so that is not checked.
         apply = jax.shard_map(
@@ -250,31 +287,49 @@ class MoE(nnx.Module):
         )
         if mask is not None:
             routing = routing.masked(mask)
-        aux = self._aux(logits, routing, mask, axes)
+        kept = self._limited(routing, num_tokens, axes)
+        aux = self._aux(logits, routing, kept, mask, axes)
 
-        arrays = [p for p in (*parameters.experts, *(parameters.shared or ())) if p is not None]
+        arrays = jax.tree.leaves((parameters.experts, parameters.shared, parameters.bias))
         x = x.astype(jnp.result_type(x, *arrays) if self.dtype is None else self.dtype)
         y = sharded_mlps(
             x,
-            routing,
+            kept,
             parameters.experts,
             parameters.shared,
             axes,
+            shared_weight=1 / (self.top_k + 1) if self.shared_combine == "weighted_sum" else None,
             activation=self.activation,
             weight_on=self.weight_on,
+            remat=self.remat,
             implementation=self.implementation,
         )  # [T, D]
-        if mask is not None and parameters.shared is not None:
+        if parameters.bias is not None:
+            y += parameters.bias.astype(y.dtype)
+        if mask is not None and (parameters.shared is not None or parameters.bias is not None):
             y = jnp.where(mask[:, None], y, 0)
         return y.reshape(*batch_shape, self.features), aux
 
+    def _limited(self, routing: Routing, num_tokens: int, axes: ShardAxes) -> Routing:
+        """Drops what is over the capacity, if there is one."""
+        if not self.capacity_factor:
+            return routing
+        all_tokens = num_tokens * math.prod(lax.axis_size(axis) for axis in axes.tokens)
+        capacity = expert_capacity(self.capacity_factor, all_tokens, self.top_k, self.num_experts)
+        return limit_to_capacity(routing, self.num_experts, capacity, axis_name=axes.tokens)
+
     def _aux(
-        self, logits: Float[Array, "T E"], routing: Routing, mask: Bool[Array, " T"] | None, axes: ShardAxes
+        self,
+        logits: Float[Array, "T E"],
+        routing: Routing,
+        kept: Routing,
+        mask: Bool[Array, " T"] | None,
+        axes: ShardAxes,
     ) -> MoEAux:
         # The loss needs scores that sum to 1 (for sigmoids: DeepSeek-V3, arXiv 2412.19437, equation 19).
         scores = jax.nn.softmax(logits if self.score == "softmax" else jax.nn.log_sigmoid(logits))
         num_tokens = jnp.asarray(logits.shape[0]) if mask is None else mask.sum()
-        num_present = is_present(routing.expert_index, self.num_experts).sum()
+        num_present = is_present(kept.expert_index, self.num_experts).sum()
         wanted, present = lax.psum((num_tokens * self.top_k, num_present), axes.tokens)
         return MoEAux(
             load_balancing_loss=load_balancing_loss(scores, routing, mask=mask, axis_name=axes.tokens),
@@ -327,6 +382,11 @@ class _Parameters(NamedTuple):
     router_kernel: Any
     experts: Any
     shared: Any
+    bias: Any
+
+
+def _shared_parameters(shared: SharedExpert) -> SharedParameters:
+    return SharedParameters(mlp_parameters(shared), None if shared.gate is None else shared.gate[...])
 
 
 @jax.checkpoint  # or a float32 copy of x would be kept for the backward

@@ -21,10 +21,11 @@ class MLPVariables(NamedTuple):
 
 
 class SharedExpert(nnx.Module):
-    """The variables of the MLP that every token goes through besides its routed experts."""
+    """The variables of the MLP that every token goes through besides its routed experts, and of its gate [D, 1]."""
 
-    def __init__(self, w_up: nnx.Param, w_down: nnx.Param, b_up: nnx.Param | None, b_down: nnx.Param | None):
-        self.w_up, self.w_down, self.b_up, self.b_down = w_up, w_down, b_up, b_down
+    def __init__(self, mlp: MLPVariables, gate: nnx.Param | None):
+        self.w_up, self.w_down, self.b_up, self.b_down = mlp
+        self.gate = gate
 
 
 def create_mlp_parameters(

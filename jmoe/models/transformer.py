@@ -232,6 +232,7 @@ def _moe(config: TransformerConfig, *, rngs: nnx.Rngs) -> MoE:
         score_order=config.router_score_order,
         normalize=config.router_normalize,
         scale=config.router_scale,
+        capacity_factor=config.capacity_factor,
         shared_hidden_features=config.shared_hidden_dim,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),

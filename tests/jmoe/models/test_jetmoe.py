@@ -54,6 +54,7 @@ def test_the_layer_is_jetmoes_attention_to_float32_rounding(peer, relative_error
     layer.query.kernel[...] = parameters["experts.input_linear.weight"].swapaxes(1, 2)
     layer.out.kernel[...] = parameters["experts.output_linear.weight"].swapaxes(1, 2)
     layer.key.kernel[...], layer.value.kernel[...] = key, value
+    assert layer.bias is not None
     layer.bias[...] = parameters["experts.bias"]
 
     x = np.random.default_rng(0).standard_normal((2, 7, D)).astype(np.float32)
