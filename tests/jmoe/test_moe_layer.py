@@ -360,9 +360,12 @@ def test_the_shared_expert_and_the_output_bias_are_combined_as_asked(combine, ma
     if combine == "weighted_sum":
         expected = (2 * routed + of_shared) / 3
     elif combine == "sigmoid_gate":
+        assert shared is not None
+        assert shared.gate is not None
         expected = routed + sigmoid(np.asarray(x, np.float64) @ np.asarray(shared.gate[...])) * of_shared
     else:
         expected = both
+    assert moe.bias is not None
     expected = np.where(mask[:, None], expected + np.asarray(moe.bias[...]), 0)
     assert relative_error(y, expected) < 2e-6
 
