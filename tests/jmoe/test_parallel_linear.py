@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.extend
@@ -130,10 +131,10 @@ def test_every_path_and_its_gradients_match_the_formulas(source, target, make_pr
 @pytest.mark.parametrize(
     ("length", "features", "top_k", "bias"),
     [
-        # Each width twice; the lengths, the K and the biases in turn.
+        # Every pair of a width, a length and a K; the biases in turn.
         (LENGTHS[(i + j) % 3], features, TOP_KS[(i + 2 * j) % 3], (i + j) % 2 == 0)
         for i, features in enumerate(WIDTHS)
-        for j in (0, 1)
+        for j in range(3)
     ],
 )
 def test_the_two_maps_of_an_mlp_match_at_the_reference_sizes_of_scattermoe(
@@ -297,3 +298,33 @@ def test_the_module_computes_in_its_dtype_and_initializes_each_expert_by_its_own
     assert linear(jnp.ones((2, 64)), dispatch).dtype == jnp.bfloat16
     assert linear.kernel.dtype == jnp.float32
     np.testing.assert_allclose(linear.kernel[...].std(), 64**-0.5, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "gradients", "calls"),
+    [("tokens", "rows", True, 3), ("rows", "assignments", True, 3), ("assignments", "tokens", False, 1)],
+)
+def test_on_a_hopper_gpu_scattered_rows_are_read_inside_the_kernels(
+    source, target, gradients, calls, make_problem, lower_for_cuda
+):
+    problem = make_problem(
+        source, target, tokens=512, experts=8, features=256, out_features=128, bias=False, dtype=jnp.bfloat16
+    )
+
+    def run(expert_index, dy, *arrays):
+        def apply(*arrays):
+            dispatch = jmoe.make_dispatch(jmoe.Routing(expert_index, jnp.ones(expert_index.shape)), 8)
+            named = dict(zip(problem.arrays, arrays, strict=True))
+            ordered = {"grouped_in": source == "rows", "grouped_out": target == "rows"}
+            return jmoe.parallel_linear(**named, dispatch=dispatch, **ordered)
+
+        if not gradients:
+            return apply(*arrays)
+        y, pull_back = jax.vjp(apply, *arrays)
+        return y, pull_back(dy)
+
+    arrays = problem.expert_index, problem.dy, *problem.arrays.values()
+    program = lower_for_cuda(run, *((array.shape, array.dtype) for array in arrays))
+    assert program.count("custom_call @mosaic_gpu") == calls
+    scattered = 128 if source == "rows" else 256  # the width of the side that is: of dy, or of x
+    assert not re.search(rf"gather.*-> tensor<1024x{scattered}xbf16>", program)
