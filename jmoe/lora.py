@@ -14,7 +14,9 @@ from jmoe.parallel_linear import parallel_linear
 from jmoe.parameters import per_expert
 from jmoe.sharding import partitioned
 from pallas_kernels import Implementation
+from pallas_kernels.device import has_hopper_gpu
 
+_KERNEL_WIDTH = 64  # of which every width in a grouped matmul on Hopper is a multiple
 _A_INIT = nnx.initializers.he_uniform()
 _B_INIT = nnx.initializers.zeros_init()
 
@@ -28,7 +30,7 @@ class LoRAExperts(nnx.Module):
 
     `lora_a` [E, D, rank] and `lora_b` [E, rank, N] are `nnx.LoRAParam`, as in `nnx.LoRA`; `kernel` is an `nnx.Variable`
     and no parameter, so that optimizers leave it, and gets no gradient. Between forward and backward x and an array
-    [R, rank] are kept.
+    [R, rank] are kept (on Hopper, where the rank is filled up to a multiple of 64, of that width).
 
     With weights a dense kernel costs one product a token, not K, and where they sum to 1, as those of
     `jmoe.route_top_k` do by default, the result is `x @ kernel + sum_k w_k * scale * x @ lora_a[e_k] @ lora_b[e_k]`.
@@ -129,6 +131,7 @@ class LoRAExperts(nnx.Module):
         target = {"grouped_out": grouped_out, "weights": weights, "num_tokens": num_tokens}
         if num_tokens is None and weights is not None and not grouped_in:
             target["num_tokens"] = x.shape[0]  # which the grouped rows between the two matrices do not tell
+        lora_a, lora_b = self._for_kernels(lora_a, lora_b)
         between = self.scale * apply(x, lora_a, dispatch, grouped_out=True)  # [R, rank]
         adapted = apply(between, lora_b, dispatch, grouped_in=True, **target)
         if kernel.ndim == 3:
@@ -138,6 +141,15 @@ class LoRAExperts(nnx.Module):
         else:
             base = apply(x, kernel[None], _as_one_group(dispatch), **target)
         return base + adapted
+
+    def _for_kernels(
+        self, lora_a: Float[Array, "E D _"], lora_b: Float[Array, "E _ N"]
+    ) -> tuple[Float[Array, "E D _"], Float[Array, "E _ N"]]:
+        """Fills the rank up with zeros where Hopper's kernels run, which take no narrower matrices."""
+        if self.implementation not in (None, "mosaic_gpu") or not has_hopper_gpu():
+            return lora_a, lora_b
+        zeros = (0, -self.rank % _KERNEL_WIDTH)
+        return jnp.pad(lora_a, ((0, 0), (0, 0), zeros)), jnp.pad(lora_b, ((0, 0), zeros, (0, 0)))
 
     def merged_kernel(self) -> Float[Array, "E D N"]:
         """Computes `kernel + scale * lora_a @ lora_b`, with which `jmoe.parallel_linear` gives what this module gives.

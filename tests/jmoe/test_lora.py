@@ -152,6 +152,16 @@ def test_the_only_gradients_of_matrices_that_are_computed_are_the_adapters(kerne
     assert of_matrices == {f"{E},{D},{RANK}", f"{E},{RANK},{N}"}
 
 
+def test_on_a_hopper_gpu_adapters_of_any_rank_run_on_the_kernels(lower_for_cuda):
+    def run(kernel, x, expert_index):
+        layer = jmoe.LoRAExperts(kernel, 8, param_dtype=jnp.bfloat16, implementation="mosaic_gpu", rngs=nnx.Rngs(0))
+        dispatch = jmoe.make_dispatch(jmoe.Routing(expert_index, jnp.ones(expert_index.shape)), E)
+        return layer(x, dispatch)
+
+    arrays = ((E, 128, 256), jnp.bfloat16), ((512, 128), jnp.bfloat16), ((512, K), jnp.int32)
+    assert lower_for_cuda(run, *arrays).count("custom_call @mosaic_gpu") == 3
+
+
 def test_new_adapters_change_nothing_and_compute_in_the_dtype_asked_for(routing):
     layer = jmoe.LoRAExperts(normal(0, D, N), RANK, num_experts=E, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(layer.merged_kernel(), jnp.broadcast_to(layer.kernel[...], (E, D, N)))
