@@ -42,11 +42,11 @@ METHOD = """\
 The training program's model, optimizer (warmed up for a tenth of the steps at most), text and batches; the same
 initial parameters and batches in each setting, which runs in a process of its own. An expert takes at most
 ceil(capacity_factor * T * K / E) assignments of a batch: the first choices of all tokens first, in the order of the
-tokens; dropless takes all. Both run the same grouped matmuls, in which a dropped assignment has no row. seconds:
-median and extremes of the steps after the first {warm_up}, waiting for each. dropped_fraction: mean over all steps;
-dropped_fraction_last, cross_entropy_last: over the last tenth of them. validation: nats per target of held-out text,
-{batches} batches, by the model as trained; validation_dropless: by the same parameters without a capacity.
-Seed {seed}."""
+tokens; dropless takes all. Both run the same grouped matmuls, in which a dropped assignment has no row; to find what
+is dropped takes one more sort. seconds: median and extremes of the steps after the first {warm_up}, waiting for each.
+dropped_fraction: mean over all steps; dropped_fraction_last, cross_entropy_last: over the last tenth of them.
+validation: nats per target of held-out text, {batches} batches, by the model as trained; validation_dropless: by the
+same parameters without a capacity. Seed {seed}."""
 
 SETTINGS = {"dropless": 0.0, "1.0": 1.0, "1.25": 1.25, "1.5": 1.5, "2.0": 2.0}
 _WARM_UP_STEPS = 3

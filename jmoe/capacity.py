@@ -22,7 +22,7 @@ def expert_capacity(capacity_factor: float, num_tokens: int, top_k: int, num_exp
         20
     """
     if not 0 < capacity_factor < math.inf:
-        raise ValueError(f"capacity_factor is {capacity_factor}; it must be positive and finite.")
+        raise ValueError(f"capacity_factor is {capacity_factor}; it must be positive and finite (None or 0: dropless).")
     # As it is written: 1.1 as a binary fraction times 10 would be a little more than 11.
     return math.ceil(Fraction(str(capacity_factor)) * num_tokens * top_k / num_experts)
 
@@ -35,7 +35,7 @@ def limit_to_capacity[R: (Routing, Assignments)](
     First come, first served: the first choices of all tokens in their order, then the second choices, and so on. So a
     token's k-th choice is dropped where the choices before the k-th of all tokens, and the k-th ones of earlier
     tokens, have filled its expert. The weights of the others stay as they are. `Assignments` are served in the order
-    of the list.
+    of the list, whatever their tokens.
 
     Args:
         routing: the assignments; absent ones take no place. A token's experts are in the order of its choice, as of
