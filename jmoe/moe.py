@@ -151,7 +151,7 @@ class MoE(nnx.Module):
                 f"shared_combine is {shared_combine!r} without a shared expert; set shared_hidden_features."
             )
         if capacity_factor:
-            expert_capacity(capacity_factor, 1, top_k, num_experts)  # checks the factor
+            expert_capacity(capacity_factor, 1, top_k, num_experts)  # raises if it is none
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}; it must be between 1 and num_experts, {num_experts}.")
         self.features = features
@@ -287,14 +287,14 @@ class MoE(nnx.Module):
         )
         if mask is not None:
             routing = routing.masked(mask)
-        kept = self._limited(routing, num_tokens, axes)
-        aux = self._aux(logits, routing, kept, mask, axes)
+        aux = self._aux(logits, routing, mask, axes)
+        routing, aux = self._limited(routing, aux, num_tokens, mask, axes)
 
         arrays = jax.tree.leaves((parameters.experts, parameters.shared, parameters.bias))
         x = x.astype(jnp.result_type(x, *arrays) if self.dtype is None else self.dtype)
         y = sharded_mlps(
             x,
-            kept,
+            routing,
             parameters.experts,
             parameters.shared,
             axes,
@@ -310,26 +310,28 @@ class MoE(nnx.Module):
             y = jnp.where(mask[:, None], y, 0)
         return y.reshape(*batch_shape, self.features), aux
 
-    def _limited(self, routing: Routing, num_tokens: int, axes: ShardAxes) -> Routing:
-        """Drops what is over the capacity, if there is one."""
+    def _limited(
+        self, routing: Routing, aux: MoEAux, num_tokens: int, mask: Bool[Array, " T"] | None, axes: ShardAxes
+    ) -> tuple[Routing, MoEAux]:
+        """Drops what is over the capacity, if there is one, and adds its share to the dropped fraction."""
         if not self.capacity_factor:
-            return routing
+            return routing, aux
         all_tokens = num_tokens * math.prod(lax.axis_size(axis) for axis in axes.tokens)
         capacity = expert_capacity(self.capacity_factor, all_tokens, self.top_k, self.num_experts)
-        return limit_to_capacity(routing, self.num_experts, capacity, axis_name=axes.tokens)
+        limited = limit_to_capacity(routing, self.num_experts, capacity, axis_name=axes.tokens)
+        before, after = (is_present(r.expert_index, self.num_experts).sum() for r in (routing, limited))
+        wanted = self.top_k * (jnp.asarray(num_tokens) if mask is None else mask.sum())
+        dropped, wanted = lax.psum((before - after, wanted), axes.tokens)
+        dropped_fraction = aux.dropped_fraction + dropped / jnp.maximum(wanted, 1).astype(jnp.float32)
+        return limited, dataclasses.replace(aux, dropped_fraction=dropped_fraction)
 
     def _aux(
-        self,
-        logits: Float[Array, "T E"],
-        routing: Routing,
-        kept: Routing,
-        mask: Bool[Array, " T"] | None,
-        axes: ShardAxes,
+        self, logits: Float[Array, "T E"], routing: Routing, mask: Bool[Array, " T"] | None, axes: ShardAxes
     ) -> MoEAux:
         # The loss needs scores that sum to 1 (for sigmoids: DeepSeek-V3, arXiv 2412.19437, equation 19).
         scores = jax.nn.softmax(logits if self.score == "softmax" else jax.nn.log_sigmoid(logits))
         num_tokens = jnp.asarray(logits.shape[0]) if mask is None else mask.sum()
-        num_present = is_present(kept.expert_index, self.num_experts).sum()
+        num_present = is_present(routing.expert_index, self.num_experts).sum()
         wanted, present = lax.psum((num_tokens * self.top_k, num_present), axes.tokens)
         return MoEAux(
             load_balancing_loss=load_balancing_loss(scores, routing, mask=mask, axis_name=axes.tokens),
