@@ -1,9 +1,11 @@
 """Dropless Mixture-of-Experts for JAX: routing, dispatch, expert MLPs and the layer around them."""
 
 from jmoe import linen, routers
-from jmoe.activations import Activation
+from jmoe.activations import Activation, Gated
+from jmoe.capacity import limit_to_capacity
 from jmoe.debug import debug_checks
 from jmoe.dispatch import Dispatch, make_dispatch
+from jmoe.lora import LoRAExperts
 from jmoe.losses import (
     expert_load,
     load_balancing_loss,
@@ -14,6 +16,7 @@ from jmoe.losses import (
 from jmoe.mlp import moe_mlp
 from jmoe.moe import MoE
 from jmoe.moe_aux import MoEAux
+from jmoe.parallel_linear import ParallelLinear, parallel_linear
 from jmoe.routing import Assignments, Routing, route_top_k
 from jmoe.sharding import LOGICAL_AXIS_RULES, logical_axis_rules, named_sharding, partition_spec
 
@@ -22,17 +25,22 @@ __all__ = [
     "Activation",
     "Assignments",
     "Dispatch",
+    "Gated",
+    "LoRAExperts",
     "MoE",
     "MoEAux",
+    "ParallelLinear",
     "Routing",
     "debug_checks",
     "expert_load",
+    "limit_to_capacity",
     "linen",
     "load_balancing_loss",
     "logical_axis_rules",
     "make_dispatch",
     "moe_mlp",
     "named_sharding",
+    "parallel_linear",
     "partition_spec",
     "pooled_balancing_loss",
     "route_top_k",

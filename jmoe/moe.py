@@ -1,8 +1,9 @@
 """The MoE layer as a Flax NNX module."""
 
+import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +14,24 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jmoe.activations import Activation
+from jmoe.capacity import expert_capacity, limited_by_factor
 from jmoe.debug import refuse_mesh
-from jmoe.expert_parallel import ShardAxes, sharded_mlps
+from jmoe.expert_parallel import ShardAxes, shard_axes, sharded_mlps
 from jmoe.mlp import WeightOn
 from jmoe.moe_aux import MoEAux, moe_aux
-from jmoe.parameters import SharedExpert, create_mlp_parameters, mlp_parameters
-from jmoe.routers.linear import LinearRouter
+from jmoe.parameters import create_mlp_parameters, create_shared_expert, mlp_parameters, shared_parameters
+from jmoe.routers.create import create_router
 from jmoe.routers.router import Route, Router, with_inputs
 from jmoe.routers.zero_experts import split_zero_experts
-from jmoe.routing import Assignments, Routing, Score, ScoreOrder, route_top_k
-from jmoe.sharding import as_axes, mesh_axes, reshard, shardable_axes, token_spec
+from jmoe.routing import Assignments, Routing, Score, ScoreOrder
+from jmoe.sharding import partitioned, reshard, shardable_axes, token_spec
 from pallas_kernels import Implementation
-
-LoadBalancing = Literal["layer", "sequence"]
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
+
+LoadBalancing = Literal["layer", "sequence"]
+SharedCombine = Literal["sum", "weighted_sum", "sigmoid_gate"]
 
 
 class MoE(nnx.Module):
@@ -37,7 +40,8 @@ class MoE(nnx.Module):
     `y = sum_k w_k * MLP_{e_k}(x)`, with experts and weights from a linear router (`jmoe.route_top_k`).
     Parameters are `router.kernel` [D, E], `w_up` [E, D, 2F] (gated, gate columns first; [E, D, F] plain),
     `w_down` [E, F, D] and, with `use_bias`, `b_up` and `b_down`; `shared` holds those of the shared expert,
-    without E. They carry the logical axis names of `jmoe.LOGICAL_AXIS_RULES`, and need no mesh.
+    without E, and `bias` [D] is that of the output. They carry the logical axis names of
+    `jmoe.LOGICAL_AXIS_RULES`, and need no mesh.
 
     On a mesh (`jax.set_mesh`) the experts are computed where they are stored: tokens are all-gathered over
     the expert axis and the outputs reduced back. Axes of the mesh may be Auto or Explicit. Inside a
@@ -64,9 +68,17 @@ class MoE(nnx.Module):
         weight_on: as in `jmoe.moe_mlp`.
         router_jitter: where `rngs` are passed to a call, the router's input is multiplied with noise, uniform
             in `1 +- router_jitter` (Switch Transformer, arXiv 2101.03961, section 2.4).
-        shared_hidden_features: the hidden width of an expert that every token goes through besides, with
-            weight 1; 0 for none.
+        capacity_factor: c, if each expert is to take no more than `ceil(c * T * K / E)` assignments of the T
+            tokens of a call (of all shards; masked tokens count in T). The rest is dropped as `jmoe.limit_to_capacity`
+            says, and a token that no expert takes gets zeros. None or 0: dropless. With a `router`, here and in
+            `shared_combine`, K is how many assignments it has room for, divided by T.
+        shared_hidden_features: the hidden width of an expert that every token goes through besides; 0 for none.
+        shared_combine: what is done with the shared expert's output s and the sum y of the others: "sum", `y + s`;
+            "weighted_sum", `(K * y + s) / (K + 1)` (MegaBlocks' `shared_expert_weighted_sum`); "sigmoid_gate",
+            `y + sigmoid(x @ shared.gate) * s` (Qwen2-MoE), with `shared.gate` [D, 1].
         use_bias: whether the experts have biases; the router has none.
+        use_output_bias: whether the layer has a bias, `bias` [D], added once to each token's output.
+        remat: as in `jmoe.moe_mlp`, and the same for the shared expert.
         dtype: the dtype of the experts' computation and of the output; by default the promoted dtype of the
             input and the experts' parameters. The router computes in float32 (float64 for float64) in any
             case.
@@ -109,8 +121,12 @@ class MoE(nnx.Module):
         load_balancing: LoadBalancing = "layer",
         weight_on: WeightOn = "output",
         router_jitter: float = 0.0,
+        capacity_factor: float | None = None,
         shared_hidden_features: int = 0,
+        shared_combine: SharedCombine = "sum",
         use_bias: bool = False,
+        use_output_bias: bool = False,
+        remat: bool = False,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         kernel_init: Initializer = _KERNEL_INIT,
@@ -132,6 +148,15 @@ class MoE(nnx.Module):
                 raise ValueError(f"{name} is {count}; it must be 0 (none) or more.")
         if load_balancing not in ("layer", "sequence"):
             raise ValueError(f"load_balancing is {load_balancing!r}; it must be 'layer' or 'sequence'.")
+        if shared_combine not in get_args(SharedCombine):
+            names = ", ".join(map(repr, get_args(SharedCombine)))
+            raise ValueError(f"shared_combine is {shared_combine!r}; it must be one of {names}.")
+        if shared_combine != "sum" and not shared_hidden_features:
+            raise ValueError(
+                f"shared_combine is {shared_combine!r} without a shared expert; set shared_hidden_features."
+            )
+        if capacity_factor:
+            expert_capacity(capacity_factor, 1, num_experts)  # raises if it is none
         self.features = features
         self.hidden_features = hidden_features
         self.num_experts = num_experts
@@ -146,43 +171,38 @@ class MoE(nnx.Module):
         self.load_balancing: LoadBalancing = load_balancing
         self.weight_on: WeightOn = weight_on
         self.router_jitter = router_jitter
+        self.capacity_factor = capacity_factor
         self.shared_hidden_features = shared_hidden_features
+        self.shared_combine: SharedCombine = shared_combine
         self.use_bias = use_bias
+        self.use_output_bias = use_output_bias
+        self.remat = remat
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.implementation: Implementation | None = implementation
 
-        options = {"score": score, "score_order": score_order, "normalize": normalize, "scale": scale}
-        if router is None:
-            if top_k is None or not 1 <= top_k <= self._num_logits:
-                raise ValueError(
-                    f"top_k is {top_k}; without a router it must be between 1 and the number of experts, "
-                    f"{self._num_logits}."
-                )
-            router, options = route_top_k, {"k": top_k, **options}
-        else:
-            _refuse_beside_router(top_k=top_k, **options)
-            options = {}
-        if not isinstance(router, Router):
-            if isinstance(router, nnx.Module):
-                raise ValueError(f"router is a {type(router).__name__}; a module must be a jmoe.routers.Router.")
-            dtype_and_init = {"param_dtype": param_dtype, "kernel_init": kernel_init}
-            router = LinearRouter(features, self._num_logits, router, **dtype_and_init, rngs=rngs, **options)
-        self.router: Any = router  # a `Router`, whose variables are read by their names
-        create = functools.partial(
-            create_mlp_parameters,
+        initialization = {"param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
+        self.router: Any = create_router(  # a `Router`, whose variables are read by their names
+            router,
             features,
-            activation=activation,
-            use_bias=use_bias,
-            param_dtype=param_dtype,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
-            rngs=rngs,
+            self._num_logits,
+            top_k=top_k,
+            score=score,
+            score_order=score_order,
+            normalize=normalize,
+            scale=scale,
+            **initialization,
         )
-        experts = create(hidden_features, "expert_hidden", num_experts=num_experts)
+        mlp = {"activation": activation, "use_bias": use_bias, "bias_init": bias_init, **initialization}
+        experts = create_mlp_parameters(features, hidden_features, "expert_hidden", num_experts=num_experts, **mlp)
         self.w_up, self.w_down, self.b_up, self.b_down = experts
-        shared = SharedExpert(*create(shared_hidden_features, "mlp")) if shared_hidden_features else None
+        shared = None
+        if shared_hidden_features:
+            has_gate = shared_combine == "sigmoid_gate"
+            shared = create_shared_expert(features, shared_hidden_features, has_gate=has_gate, **mlp)
         self.shared = nnx.data(shared)
+        bias = partitioned(bias_init, ("embed",))
+        self.bias = nnx.Param(bias(rngs.params(), (features,), param_dtype)) if use_output_bias else None
 
     def __call__(
         self,
@@ -222,7 +242,8 @@ class MoE(nnx.Module):
         parameters = _Parameters(
             nnx.state(self.router),
             mlp_parameters(self),
-            None if self.shared is None else mlp_parameters(self.shared),
+            None if self.shared is None else shared_parameters(self.shared),
+            None if self.bias is None else self.bias[...],
         )
         axis_names = shardable_axes(jax.sharding.get_abstract_mesh())
         if not axis_names:
@@ -230,12 +251,12 @@ class MoE(nnx.Module):
 
         refuse_mesh()
         tokens = token_spec(x)
-        axes = self._shard_axes(tokens)
+        axes = shard_axes(tokens, self.num_experts, self.hidden_features, self.shared_hidden_features)
         replicated = PartitionSpec()
         of_tokens = PartitionSpec(*tokens[:-1])
         in_specs = (
             _Inputs(tokens, tokens, of_tokens, of_tokens, replicated),
-            _Parameters(replicated, PartitionSpec(axes.experts), replicated),
+            _Parameters(replicated, PartitionSpec(axes.experts), replicated, replicated),
         )
         # Kernels and loops do not say which mesh axes their results vary over, so that is not checked.
         apply = jax.shard_map(
@@ -265,8 +286,14 @@ class MoE(nnx.Module):
         if self._num_logits > self.num_experts:
             num_identity = self.num_identity_experts
             routing, identity_weight = split_zero_experts(routing, self.num_experts, num_tokens, num_identity)
+        if self.capacity_factor:
+            routing, dropped = limited_by_factor(routing, self.num_experts, self.capacity_factor, axes.tokens)
+            aux = dataclasses.replace(aux, dropped_fraction=dropped)
 
-        arrays = [p for p in (*parameters.experts, *(parameters.shared or ())) if p is not None]
+        shared_weight = None
+        if self.shared_combine == "weighted_sum":
+            shared_weight = 1 / (routing.expert_index.size / max(num_tokens, 1) + 1)
+        arrays = jax.tree.leaves((parameters.experts, parameters.shared, parameters.bias))
         x = x.astype(jnp.result_type(x, *arrays) if self.dtype is None else self.dtype)
         y = sharded_mlps(
             x,
@@ -274,13 +301,19 @@ class MoE(nnx.Module):
             parameters.experts,
             parameters.shared,
             axes,
+            shared_weight=shared_weight,
             activation=self.activation,
             weight_on=self.weight_on,
+            remat=self.remat,
             implementation=self.implementation,
         )  # [T, D]
         if identity_weight is not None:
+            if shared_weight is not None:
+                identity_weight *= 1 - shared_weight
             y += (identity_weight[:, None] * x).astype(y.dtype)
-        if mask is not None and parameters.shared is not None:
+        if parameters.bias is not None:
+            y += parameters.bias.astype(y.dtype)
+        if mask is not None and (parameters.shared is not None or parameters.bias is not None):
             y = jnp.where(mask[:, None], y, 0)
         return y.reshape(*batch_shape, self.features), aux
 
@@ -313,26 +346,6 @@ class MoE(nnx.Module):
     def _num_logits(self) -> int:
         return self.num_experts + self.num_identity_experts + self.num_zero_experts
 
-    def _shard_axes(self, tokens: PartitionSpec) -> ShardAxes:
-        """Says which axes of the current mesh the layer is sharded over, for tokens sharded as given."""
-        mesh = jax.sharding.get_abstract_mesh()
-        experts = mesh_axes("expert", mesh)
-        hidden = tuple(axis for axis in mesh_axes("expert_hidden", mesh) if axis not in experts)
-        for argument, rule, axes in (
-            ("num_experts", "expert", experts),
-            ("hidden_features", "expert_hidden", hidden),
-            ("shared_hidden_features", "expert_hidden", hidden),
-        ):
-            size, shards = getattr(self, argument), math.prod(mesh.shape[axis] for axis in axes)
-            if size % shards:
-                raise ValueError(
-                    f"{argument} is {size}; it must be a multiple of {shards}, the size of the mesh axis "
-                    f"{' x '.join(axes)}: make it {size + -size % shards}, or give {rule!r} another rule with "
-                    "flax.nnx.logical_axis_rules."
-                )
-        of_tokens = tuple(axis for entry in tokens for axis in as_axes(entry))
-        return ShardAxes(of_tokens, experts, hidden, as_axes(tokens[-2]) if len(tokens) > 1 else ())
-
     def _check_input(self, x: Array, mask: Array | None, router_inputs: dict[str, Array]) -> None:
         if not x.ndim or x.shape[-1] != self.features or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
@@ -351,14 +364,6 @@ class MoE(nnx.Module):
                 )
 
 
-def _refuse_beside_router(**options: Any) -> None:
-    """Raises a ValueError where an option is not the default, which a router would not see."""
-    defaults = {"top_k": None, "score": "softmax", "score_order": "before_top_k", "normalize": True, "scale": 1.0}
-    for name, value in options.items():
-        if value != defaults[name]:
-            raise ValueError(f"{name} is {value!r} beside a router; leave it out, and give the router its own options.")
-
-
 class _Inputs(NamedTuple):
     """What one shard of the layer is applied to; or, of each, the partition spec."""
 
@@ -375,3 +380,4 @@ class _Parameters(NamedTuple):
     router: Any
     experts: Any
     shared: Any
+    bias: Any

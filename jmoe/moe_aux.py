@@ -25,11 +25,12 @@ class MoEAux:
             `jmoe.sequence_balancing_loss`).
         router_z_loss: f32[] (`jmoe.router_z_loss`).
         expert_load: f32[E], each expert's share of the assignments; sums to 1. Where there are experts without
-            parameters, they follow the others.
+            parameters, they follow the others. What a capacity drops counts here and in the losses.
         mean_score: f32[E], the mean over the tokens of each expert's score, which the load-balancing loss is made of;
             for `jmoe.pooled_balancing_loss`.
         experts_per_token: f32[], how many experts a token has on average: K, where the router does not vary it.
-        dropped_fraction: f32[], the share of the router's assignments that the layer dropped; 0 in a dropless layer.
+        dropped_fraction: f32[], the share of the assignments to experts with parameters that was over their capacity;
+            0 in a dropless layer.
         router: what the router tells of itself (`jmoe.routers.Router.statistics`), by name; nothing as a rule.
     """
 

@@ -1,12 +1,13 @@
 """The parameters of expert MLPs as Flax variables."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
 from flax.typing import Initializer
 
 from jmoe.activations import Activation, is_gated
+from jmoe.expert_parallel import SharedParameters
 from jmoe.mlp import ExpertParameters
 from jmoe.sharding import partitioned
 
@@ -21,10 +22,11 @@ class MLPVariables(NamedTuple):
 
 
 class SharedExpert(nnx.Module):
-    """The variables of the MLP that every token goes through besides its routed experts."""
+    """The variables of the MLP that every token goes through besides its routed experts, and of its gate [D, 1]."""
 
-    def __init__(self, w_up: nnx.Param, w_down: nnx.Param, b_up: nnx.Param | None, b_down: nnx.Param | None):
-        self.w_up, self.w_down, self.b_up, self.b_down = w_up, w_down, b_up, b_down
+    def __init__(self, mlp: MLPVariables, gate: nnx.Param | None):
+        self.w_up, self.w_down, self.b_up, self.b_down = mlp
+        self.gate = gate
 
 
 def create_mlp_parameters(
@@ -45,7 +47,7 @@ def create_mlp_parameters(
 
     def create(initializer: Initializer, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         if num_experts is not None:
-            initializer = _per_expert(initializer)
+            initializer = per_expert(initializer)
             shape, axes = (num_experts, *shape), ("expert", *axes)
         return nnx.Param(partitioned(initializer, axes)(rngs.params(), shape, param_dtype))
 
@@ -57,7 +59,25 @@ def create_mlp_parameters(
     )
 
 
-def _per_expert(initializer: Initializer) -> Initializer:
+def create_shared_expert(
+    features: int,
+    hidden_features: int,
+    *,
+    has_gate: bool,
+    param_dtype: jax.typing.DTypeLike,
+    kernel_init: Initializer,
+    rngs: nnx.Rngs,
+    **options: Any,
+) -> SharedExpert:
+    """Creates the variables of a shared expert; the options are those of `create_mlp_parameters`."""
+    initialization = {"param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
+    mlp, gate = create_mlp_parameters(features, hidden_features, "mlp", **initialization, **options), None
+    if has_gate:
+        gate = nnx.Param(partitioned(kernel_init, ("embed", None))(rngs.params(), (features, 1), param_dtype))
+    return SharedExpert(mlp, gate)
+
+
+def per_expert(initializer: Initializer) -> Initializer:
     """Initializes each expert as a matrix of its own, so that E does not count as fan-in."""
 
     def initialize(key, shape, dtype):
@@ -84,3 +104,8 @@ def mlp_parameters(module: HasMLPVariables) -> ExpertParameters:
         None if module.b_up is None else module.b_up[...],
         None if module.b_down is None else module.b_down[...],
     )
+
+
+def shared_parameters(shared: SharedExpert) -> SharedParameters:
+    """Reads the parameters of a shared expert as arrays."""
+    return SharedParameters(mlp_parameters(shared), None if shared.gate is None else shared.gate[...])

@@ -50,6 +50,8 @@ class TransformerConfig:
         hidden_dim: Hidden width of a dense layer's MLP; needed only where the pattern has dense layers.
         first_dense_layers: Number of dense layers before the pattern of MoE layers starts.
         moe_every: One MoE layer in every so many layers.
+        capacity_factor: c, if each expert is to take at most `ceil(c * T * K / E)` assignments of a batch's T tokens
+            and the rest is to be dropped; 0 drops none.
         activation: Of all MLPs: gated ("swiglu", "geglu", "reglu") or plain ("gelu", "relu", "relu_squared",
             "silu").
         qk_norm: RMSNorm of queries and keys before RoPE: "none", over each "head" (Qwen3), or over the "full"
@@ -103,6 +105,7 @@ class TransformerConfig:
     hidden_dim: int = 0
     first_dense_layers: int = 0
     moe_every: int = 1
+    capacity_factor: float = 0.0
     activation: GatedActivation | PlainActivation = "swiglu"
     qk_norm: QKNorm = "none"
     rope_theta: float = 10_000.0
@@ -130,10 +133,10 @@ class TransformerConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in _COUNTS_FROM_ZERO:
+        for name in _FROM_ZERO:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in _COUNTS_FROM_ONE:
+        for name in _FROM_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.router_bias_update_rate and self.router_score_order != "before_top_k":
@@ -244,15 +247,16 @@ _CHOICES = {
     "attention_implementation": get_args(AttentionImplementation),
     "moe_implementation": ("auto", *get_args(Implementation)),
 }
-_COUNTS_FROM_ZERO = (
+_FROM_ZERO = (
     "num_experts",
     "expert_hidden_dim",
     "shared_hidden_dim",
     "hidden_dim",
     "first_dense_layers",
     "router_bias_update_rate",
+    "capacity_factor",
 )
-_COUNTS_FROM_ONE = (
+_FROM_ONE = (
     "vocab_size",
     "num_layers",
     "embed_dim",

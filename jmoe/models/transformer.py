@@ -264,6 +264,7 @@ def _moe(config: TransformerConfig, *, rngs: nnx.Rngs) -> MoE:
         **routing,
         load_balancing="sequence" if config.load_balancing == "sequence" else "layer",
         activation=config.activation,
+        capacity_factor=config.capacity_factor,
         shared_hidden_features=config.shared_hidden_dim,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),

@@ -23,6 +23,8 @@ def create():
         use_bias=True,
         bias_init=nnx.initializers.normal(0.5),
         shared_hidden_features=8,
+        shared_combine="sigmoid_gate",
+        use_output_bias=True,
         rngs=nnx.Rngs(0),
     )
 
