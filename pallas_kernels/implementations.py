@@ -20,6 +20,8 @@ def choose_implementation(
     widths: tuple[int, ...],
     dtype: jax.typing.DTypeLike,
     out_dtype: jax.typing.DTypeLike,
+    *,
+    obstacle: str | None = None,
 ) -> Implementation:
     """Chooses what runs: the one asked for, or else the fastest that can run here.
 
@@ -29,6 +31,7 @@ def choose_implementation(
         widths: every matrix width among the operands.
         dtype: of the operands.
         out_dtype: of the result.
+        obstacle: what else keeps the operation from its Hopper kernel, if anything does.
 
     Raises:
         ValueError: there is no such implementation, or it cannot run here, with the reason.
@@ -42,7 +45,7 @@ def choose_implementation(
         if asked is None:
             return "xla"
         raise ValueError('implementation "mosaic_gpu" needs a Hopper GPU; None picks what can run here.')
-    reason = hopper.why_unsupported(widths, dtype, out_dtype)
+    reason = hopper.why_unsupported(widths, dtype, out_dtype) or obstacle
     if reason is None:
         return "mosaic_gpu"
     if asked is None:
