@@ -11,9 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jmoe.activations import Activation, activate, is_gated
-from jmoe.mlp import ExpertParameters, WeightOn, moe_mlp
+from jmoe.mlp import ExpertParameters, MLPImplementation, WeightOn, moe_mlp
 from jmoe.routing import Routing
-from pallas_kernels import Implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,7 @@ def sharded_mlps(
     *,
     activation: Activation,
     weight_on: WeightOn,
-    implementation: Implementation | None,
+    implementation: MLPImplementation | None,
 ) -> Float[Array, "T D"]:
     """Computes `moe_mlp` of this shard's tokens, plus the shared expert if there is one.
 

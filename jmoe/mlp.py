@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jmoe import block_sparse
 from jmoe.activations import Activation, activate, is_gated, value_and_derivative
 from jmoe.combine import combine, group_sum
 from jmoe.debug import check
@@ -22,19 +24,21 @@ from pallas_kernels import (
 )
 
 WeightOn = Literal["output", "input"]
+MLPImplementation = Implementation | Literal["block_sparse"]
 
 
 def moe_mlp(
     x: Float[Array, "T D"],
-    w_up: Float[Array, "E D H"],
-    w_down: Float[Array, "E F D"],
+    w_up: Float[Array, "E D H"] | Float[Array, "D H"],
+    w_down: Float[Array, "E F D"] | Float[Array, "F D"],
     routing: Routing | Assignments,
     *,
     activation: Activation = "swiglu",
-    b_up: Float[Array, "E H"] | None = None,
+    b_up: Float[Array, "E H"] | Float[Array, " H"] | None = None,
     b_down: Float[Array, "E D"] | None = None,
     weight_on: WeightOn = "output",
-    implementation: Implementation | None = None,
+    hidden_sizes: Sequence[int] | None = None,
+    implementation: MLPImplementation | None = None,
 ) -> Float[Array, "T D"]:
     """Computes the weighted sum of each token's expert MLPs; no token is dropped, whatever the routing.
 
@@ -58,7 +62,13 @@ def moe_mlp(
         b_up: [E, 2F] or [E, F], added before the activation.
         b_down: [E, D], added to the expert's output, so that it is weighted too.
         weight_on: what the routing weight multiplies, the expert's "output" or its "input" (Llama 4).
-        implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`.
+        hidden_sizes: F of each expert, static, where experts have different ones. The arrays then have their
+            columns, or rows, side by side: w_up [D, sum of 2F_e] (an expert's gate columns, then its up columns) or
+            [D, sum of F_e], w_down [sum of F_e, D], b_up as w_up without D.
+        implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`; or "block_sparse", which pads
+            each expert's rows to blocks and multiplies block-sparse matrices as MegaBlocks does (arXiv 2211.15841,
+            section 5). Only that can have `hidden_sizes`, and they mean it. All F are then multiples of 64, better of
+            128; weights [E, D, H] are copied to [D, E*H], and such with `hidden_sizes` are not.
 
     Returns:
         [T, D] in x's dtype.
@@ -75,29 +85,48 @@ def moe_mlp(
         [[10.0, 10.0], [5.0, 5.0], [0.0, 0.0]]
     """
     parameters = ExpertParameters(w_up, w_down, b_up, b_down)
-    _check_arguments(x, parameters, routing, activation, weight_on)
+    if hidden_sizes is None:
+        _check_arguments(x, parameters, routing, activation, weight_on)
+        num_experts, hidden, _ = w_down.shape
+        hidden_sizes = (hidden,) * num_experts
+    else:
+        hidden_sizes, num_experts = tuple(hidden_sizes), len(hidden_sizes)
+        if implementation not in (None, "block_sparse"):
+            raise ValueError(
+                f'implementation is {implementation!r} and there are hidden_sizes; it must be "block_sparse" or None.'
+            )
+        implementation = "block_sparse"
+        _check_side_by_side(x, parameters, routing, activation, weight_on, hidden_sizes)
     if isinstance(routing, Assignments):
         in_range = (routing.token_index >= 0) & (routing.token_index < x.shape[0])
-        present = is_present(routing.expert_index, w_up.shape[0])
+        present = is_present(routing.expert_index, num_experts)
         check(in_range | ~present, "token_index of a present assignment is outside [0, T)")
         routing = routing.where(in_range)
     check(
-        jnp.isfinite(routing.weight) | ~is_present(routing.expert_index, w_up.shape[0]),
+        jnp.isfinite(routing.weight) | ~is_present(routing.expert_index, num_experts),
         "the routing weight of a present assignment is not finite",
     )
+    if implementation == "block_sparse":
+        block_sparse.check_hidden_sizes(hidden_sizes)
+        if not x.size or not routing.expert_index.size:
+            return jnp.zeros_like(x)
+        options = block_sparse.Options(activation, weight_on, hidden_sizes)
+        return block_sparse.block_sparse_mlp(
+            options, x, parameters, routing.weight, make_dispatch(routing, num_experts)
+        )
     options = _Options(activation, weight_on, implementation)
     unsorted = None
     if isinstance(routing, Routing) and x.shape[0] == 1 and routing.expert_index.size:
-        unsorted = dispatch_unsorted(routing, w_up.shape[0])
-    return _moe_mlp(options, x, parameters, routing.weight, make_dispatch(routing, w_up.shape[0]), unsorted)
+        unsorted = dispatch_unsorted(routing, num_experts)
+    return _moe_mlp(options, x, parameters, routing.weight, make_dispatch(routing, num_experts), unsorted)
 
 
 class ExpertParameters(NamedTuple):
     """The parameters of E expert MLPs, in the shapes of `moe_mlp`."""
 
-    w_up: Float[Array, "E D H"]
-    w_down: Float[Array, "E F D"]
-    b_up: Float[Array, "E H"] | None = None
+    w_up: Float[Array, "E D H"] | Float[Array, "D H"]
+    w_down: Float[Array, "E F D"] | Float[Array, "F D"]
+    b_up: Float[Array, "E H"] | Float[Array, " H"] | None = None
     b_down: Float[Array, "E D"] | None = None
 
 
@@ -265,16 +294,8 @@ def _accumulator(array):
 
 
 def _check_arguments(x, parameters, routing, activation, weight_on):
-    if weight_on not in ("output", "input"):
-        raise ValueError(f"weight_on is {weight_on!r}; it must be 'output' or 'input'.")
-    gated = is_gated(activation)
-    check_routing(routing)
-    _check_array("x", x, ("T", "D"), {})
-    num_tokens, features = x.shape
-    if isinstance(routing, Routing) and routing.expert_index.shape[0] != num_tokens:
-        raise ValueError(
-            f"routing is for {routing.expert_index.shape[0]} tokens and x has {num_tokens}; they must agree."
-        )
+    gated = _check_input(x, routing, activation, weight_on)
+    features = x.shape[1]
     _check_array("w_down", parameters.w_down, ("E", "F", "D"), {"D": features})
     num_experts, hidden, _ = parameters.w_down.shape
     width = "2F" if gated else "F"
@@ -285,6 +306,36 @@ def _check_arguments(x, parameters, routing, activation, weight_on):
         _check_array("b_up", parameters.b_up, ("E", width), sizes, remedy)
     if parameters.b_down is not None:
         _check_array("b_down", parameters.b_down, ("E", "D"), sizes)
+
+
+def _check_side_by_side(x, parameters, routing, activation, weight_on, hidden_sizes):
+    gated = _check_input(x, routing, activation, weight_on)
+    if not hidden_sizes:
+        raise ValueError("hidden_sizes is empty; there must be one for each expert.")
+    up, down = "sum of 2F" if gated else "sum of F", "sum of F"
+    sizes = {"D": x.shape[1], "E": len(hidden_sizes), down: sum(hidden_sizes)}
+    sizes["sum of 2F"] = 2 * sizes[down]
+    remedy = f" ({activation} is gated: each expert's gate columns, then its up columns)" if gated else ""
+    _check_array("w_up", parameters.w_up, ("D", up), sizes, remedy)
+    _check_array("w_down", parameters.w_down, (down, "D"), sizes)
+    if parameters.b_up is not None:
+        _check_array("b_up", parameters.b_up, (up,), sizes, remedy)
+    if parameters.b_down is not None:
+        _check_array("b_down", parameters.b_down, ("E", "D"), sizes)
+
+
+def _check_input(x, routing, activation, weight_on) -> bool:
+    """Checks what does not depend on the parameters; says whether the activation is gated."""
+    if weight_on not in ("output", "input"):
+        raise ValueError(f"weight_on is {weight_on!r}; it must be 'output' or 'input'.")
+    gated = is_gated(activation)
+    check_routing(routing)
+    _check_array("x", x, ("T", "D"), {})
+    if isinstance(routing, Routing) and routing.expert_index.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"routing is for {routing.expert_index.shape[0]} tokens and x has {x.shape[0]}; they must agree."
+        )
+    return gated
 
 
 def _check_array(name, array, layout, sizes, remedy=""):

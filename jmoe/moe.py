@@ -17,11 +17,10 @@ from jmoe.activations import Activation
 from jmoe.debug import refuse_mesh
 from jmoe.expert_parallel import ShardAxes, sharded_mlps
 from jmoe.losses import expert_load, load_balancing_loss, router_z_loss
-from jmoe.mlp import WeightOn
+from jmoe.mlp import MLPImplementation, WeightOn
 from jmoe.parameters import SharedExpert, create_mlp_parameters, mlp_parameters
 from jmoe.routing import Routing, Score, ScoreOrder, is_present, route_top_k
 from jmoe.sharding import as_axes, mesh_axes, partitioned, reshard, shardable_axes, token_spec
-from pallas_kernels import Implementation
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
@@ -82,7 +81,7 @@ class MoE(nnx.Module):
         kernel_init: initializer of every matrix. It sees one expert's [D, 2F] or [F, D] at a time, so that
             fans are counted per expert.
         bias_init: initializer of the biases.
-        implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`.
+        implementation: as in `jmoe.moe_mlp`.
         rngs: random keys for the parameters (stream "params").
 
     Raises:
@@ -118,7 +117,7 @@ class MoE(nnx.Module):
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         kernel_init: Initializer = _KERNEL_INIT,
         bias_init: Initializer = _BIAS_INIT,
-        implementation: Implementation | None = None,
+        implementation: MLPImplementation | None = None,
         rngs: nnx.Rngs,
     ):
         sizes = {"features": features, "hidden_features": hidden_features, "num_experts": num_experts}
@@ -144,7 +143,7 @@ class MoE(nnx.Module):
         self.use_bias = use_bias
         self.dtype = dtype
         self.param_dtype = param_dtype
-        self.implementation: Implementation | None = implementation
+        self.implementation: MLPImplementation | None = implementation
 
         self.router = nnx.Linear(
             features,

@@ -92,7 +92,8 @@ def sdd(
     if of_lhs != of_rhs or (rows, columns) != topology.shape:
         raise ValueError(
             f"lhs is {list(lhs.shape)} (transpose_lhs={transpose_lhs}) and rhs {list(rhs.shape)} "
-            f"(transpose_rhs={transpose_rhs}); their product must exist and have the topology's shape, {topology.shape}."
+            f"(transpose_rhs={transpose_rhs}); their product must exist and have the topology's shape, "
+            f"{topology.shape}."
         )
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     options = _Options(precision, _result_dtype(preferred_element_type, dtype), implementation)
@@ -138,8 +139,8 @@ def dsd(
     contracted = dense.shape[1 if transpose_rhs else 0]
     if sparse.shape[1] != contracted:
         raise ValueError(
-            f"sparse is {sparse.shape} and dense {list(dense.shape)} (transpose_rhs={transpose_rhs}); the columns of the "
-            "one must be as many as the rows of the other."
+            f"sparse is {sparse.shape} and dense {list(dense.shape)} (transpose_rhs={transpose_rhs}); the one must "
+            "have as many columns as the other rows."
         )
     transposes = _Transposes(sparse.is_transposed, transpose_rhs, False)
     return _multiply_sparse(transposes, sparse, dense, precision, preferred_element_type, implementation)
@@ -183,8 +184,8 @@ def dds(
     contracted = dense.shape[0 if transpose_lhs else 1]
     if contracted != sparse.shape[0]:
         raise ValueError(
-            f"dense is {list(dense.shape)} (transpose_lhs={transpose_lhs}) and sparse {sparse.shape}; the columns of the "
-            "one must be as many as the rows of the other."
+            f"dense is {list(dense.shape)} (transpose_lhs={transpose_lhs}) and sparse {sparse.shape}; the one must "
+            "have as many columns as the other rows."
         )
     # (sparse.T @ dense.T).T
     transposes = _Transposes(not sparse.is_transposed, not transpose_lhs, True)

@@ -1,9 +1,10 @@
 """The Hopper block-sparse products: two persistent, warp-specialised kernels.
 
 A tile of `sdd` is a block, or two where a topology's rows are contiguous: 128 rows times 256 columns read less of
-shared memory for each operation than 128 by 128. A tile of `dsd` is a block row of the result times 256 of its columns, and its steps are the blocks of that row of the sparse
-matrix, of which a block is two. Either operand, either matrix and the result of `dsd` may be transposed, the operands
-by wgmma and the result on its way to memory, so that `dds` and all gradients are these two kernels.
+shared memory for each operation than 128 by 128. A tile of `dsd` is a block row of the result times 256 of its
+columns, and its steps are the blocks of that row of the sparse matrix, two for each. Either operand, either matrix and
+the result of `dsd` may be transposed, the operands by wgmma and the result on its way to memory, so that `dds` and all
+gradients are these two kernels.
 """
 
 import dataclasses
@@ -108,7 +109,7 @@ def sdd(
         own_tiles = hopper.count_own_tiles(counts[0])
 
         def tile_at(i):
-            """Loads the first block of this multiprocessor's i-th tile, its row and column, and the number of blocks."""
+            """Loads the first block of this multiprocessor's i-th tile, its row and column, and how many it has."""
             tile = jnp.minimum(hopper.own_tile(i), tiles.shape[0] - 1)
             return tuple(tiles[tile, field] for field in range(4))
 

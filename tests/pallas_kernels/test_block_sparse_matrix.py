@@ -114,7 +114,7 @@ def test_matrices_come_from_dense_ones_and_go_back(normal):
     for m in (matrix, traced, traced.with_values(traced.values.at[5:].set(jnp.nan))):
         np.testing.assert_array_equal(m.to_dense(), dense)
         np.testing.assert_array_equal(m.T.to_dense(), dense.T)
-        assert m.T.T == m
+        assert m == m.T.T
         assert (m.shape, m.T.shape) == ((12, 20), (20, 12))
         np.testing.assert_array_equal(m.T.row_indices, m.column_indices)
         np.testing.assert_allclose(m.sum(), dense.sum(), rtol=1e-5)

@@ -1,0 +1,204 @@
+"""`jmoe.moe_mlp` by block-sparse products: against the grouped path, and against the formulas where widths differ."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jmoe
+
+CASES = [
+    # tokens, experts, top_k, options
+    (1, 1, 1, {"activation": "relu"}),
+    (1, 4, 2, {"activation": "geglu", "bias": True}),
+    (7, 2, 2, {"activation": "reglu", "weight_on": "input"}),
+    (100, 4, 4, {"activation": "gelu", "bias": True, "weight_on": "input"}),
+    (300, 8, 2, {"activation": "swiglu", "bias": True, "hidden": 128}),
+    (300, 8, 2, {"activation": "relu_squared", "hidden": 192}),
+    (90, 3, 1, {"activation": jnp.tanh, "bias": True}),
+]
+
+
+def output_and_gradients(function, arrays, dy):
+    @jax.jit
+    def run(arrays, dy):
+        y, vjp = jax.vjp(lambda arrays: function(**arrays), arrays)
+        return y, vjp(dy)[0]
+
+    return run(arrays, dy)
+
+
+def cotangent(x):
+    return jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), x.dtype)
+
+
+def with_implementation(problem, implementation):
+    return dataclasses.replace(problem, options=problem.options | {"implementation": implementation})
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "options"), CASES)
+def test_the_block_sparse_path_equals_the_grouped_one_forward_and_backward(
+    tokens, experts, top_k, options, make_problem, relative_error
+):
+    problem = make_problem(tokens, experts, top_k, **{"hidden": 64} | options)
+    dy = cotangent(problem.x)
+    results = [
+        output_and_gradients(with_implementation(problem, name).moe_mlp, problem.differentiable, dy)
+        for name in ("block_sparse", "xla")
+    ]
+    (y, gradients), (expected_y, expected) = results
+    assert relative_error(y, expected_y) < 2e-6
+    for name in expected:
+        assert gradients[name].dtype == expected[name].dtype
+        assert relative_error(gradients[name], expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_absent_assignments_and_nan_weights_of_theirs_change_nothing(weight_on, make_problem, relative_error):
+    problem = make_problem(50, 4, 3, hidden=64, bias=True, weight_on=weight_on)
+    # All present ones go to the experts 0 and 2, and a third of the tokens has none.
+    absent = np.random.default_rng(0).random((50, 3)) < 0.3
+    absent[::3] = True
+    expert_index = jnp.where(absent, jnp.array([-1, 4, 99]), 2 * (problem.expert_index % 2))
+    problem = dataclasses.replace(problem, expert_index=expert_index, weight=jnp.where(absent, jnp.nan, problem.weight))
+    dy = cotangent(problem.x)
+    y, gradients = output_and_gradients(
+        with_implementation(problem, "block_sparse").moe_mlp, problem.differentiable, dy
+    )
+    expected_y, expected = output_and_gradients(problem.moe_mlp, problem.differentiable, dy)
+    assert relative_error(y, expected_y) < 2e-6
+    for name in expected:
+        assert relative_error(gradients[name], expected[name]) < 1e-5, name
+    assert not np.any(gradients["w_up"][1])
+    assert not np.any(gradients["weight"][absent])
+
+
+def test_bfloat16_with_float32_parameters_is_as_exact_as_the_grouped_path(make_problem, relative_error):
+    problem = make_problem(200, 4, 2, hidden=128, features=64)
+    exact = problem.numpy_moe()
+    arrays = problem.differentiable | {"x": problem.x.astype(jnp.bfloat16)}
+    _, exact_gradients = output_and_gradients(problem.dense_moe, problem.differentiable, jnp.ones_like(problem.x))
+    for name in ("block_sparse", "xla"):
+        moe_mlp = with_implementation(problem, name).moe_mlp
+        y, gradients = output_and_gradients(moe_mlp, arrays, jnp.ones_like(arrays["x"]))
+        assert y.dtype == jnp.bfloat16
+        assert relative_error(y, exact) < 1e-2
+        for key, gradient in gradients.items():
+            assert gradient.dtype == arrays[key].dtype
+            assert relative_error(gradient, exact_gradients[key]) < 1.5e-2, (name, key)
+
+
+def side_by_side(parameters, axis):
+    return jnp.concatenate(parameters, axis)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_experts_of_different_widths_match_the_formulas(activation, bias, relative_error):
+    rng = np.random.default_rng(0)
+    tokens, features, sizes, top_k = 60, 16, (64, 192, 128, 64), 2
+    parts = 2 if activation == "swiglu" else 1
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape) / math.sqrt(shape[0]), jnp.float32)
+
+    experts = {
+        "w_up": [normal(features, parts * size) for size in sizes],
+        "w_down": [normal(size, features) for size in sizes],
+    }
+    if bias:
+        experts |= {"b_up": [normal(parts * size) for size in sizes], "b_down": [normal(features) for _ in sizes]}
+    x = normal(tokens, features)
+    expert_index = jnp.asarray(np.argsort(rng.random((tokens, 3)), axis=1)[:, :top_k])  # none for the last expert
+    weight = jnp.asarray(rng.random((tokens, top_k)), jnp.float32)
+
+    def formula(x, weight, experts):
+        y = 0
+        for e in range(len(sizes)):
+            h = x @ experts["w_up"][e] + (experts["b_up"][e] if bias else 0)
+            gate, *up = jnp.split(h, parts, axis=1)
+            a = jax.nn.silu(gate) * up[0] if up else jax.nn.relu(gate)
+            v = a @ experts["w_down"][e] + (experts["b_down"][e] if bias else 0)
+            y += jnp.sum(jnp.where(expert_index == e, weight, 0), axis=1)[:, None] * v
+        return y
+
+    def product(x, weight, experts):
+        arrays = {name: side_by_side(values, axis=-1 if name.endswith("up") else 0) for name, values in experts.items()}
+        if bias:
+            arrays["b_down"] = jnp.stack(experts["b_down"])
+        routing = jmoe.Routing(expert_index, weight)
+        return jmoe.moe_mlp(x, routing=routing, activation=activation, hidden_sizes=sizes, **arrays)
+
+    dy = cotangent(x)
+    arrays = {"x": x, "weight": weight, "experts": experts}
+    y, gradients = output_and_gradients(product, arrays, dy)
+    expected_y, expected = output_and_gradients(formula, arrays, dy)
+    assert relative_error(y, expected_y) < 2e-6
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), gradients, expected)
+
+
+def test_a_flat_list_of_assignments_is_computed_too(make_problem, relative_error):
+    problem = make_problem(40, 4, 2, hidden=64)
+    token = jnp.repeat(jnp.arange(40), 2)
+    shuffle = np.random.default_rng(0).permutation(80)
+    routing = jmoe.Assignments(token[shuffle], problem.expert_index.ravel()[shuffle], problem.weight.ravel()[shuffle])
+    y = jax.jit(lambda *arrays: jmoe.moe_mlp(*arrays, routing, implementation="block_sparse"))(
+        problem.x, problem.w_up, problem.w_down
+    )
+    assert relative_error(y, problem.numpy_moe()) < 2e-6
+
+
+@pytest.mark.parametrize(("activation", "parts"), [("swiglu", 2), ("gelu", 1)])
+def test_only_x_and_the_pre_activations_are_kept(activation, parts):
+    experts, tokens, features, hidden = 2, 256, 64, 128
+    arrays = (
+        jnp.ones((tokens, features), jnp.bfloat16),
+        jnp.ones((experts, features, parts * hidden)),
+        jnp.ones((experts, hidden, features)),
+        jnp.ones((tokens, 1)),
+    )
+    index = jnp.zeros((tokens, 1), jnp.int32)
+
+    def mlp(x, w_up, w_down, weight):
+        routing = jmoe.Routing(index, weight)
+        return jmoe.moe_mlp(x, w_up, w_down, routing, activation=activation, implementation="block_sparse")
+
+    kept = jax.tree.leaves(jax.eval_shape(lambda *arrays: jax.vjp(mlp, *arrays)[1], *arrays))
+    of_arrays = sum(array.nbytes for array in arrays)
+    slots = parts * (hidden // 128) * (experts + (tokens - 1) // 128)
+    integers = 32 * tokens
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in kept) <= of_arrays + slots * 128 * 128 * 2 + integers
+
+
+def test_the_layer_takes_the_implementation(relative_error):
+    x = jax.random.normal(jax.random.key(0), (3, 20, 32))
+    outs = []
+    for implementation in ("block_sparse", "xla"):
+        moe = jmoe.MoE(32, 64, 4, 2, implementation=implementation, rngs=nnx.Rngs(0))
+        outs.append(nnx.jit(lambda moe, x: moe(x)[0])(moe, x))
+    assert relative_error(*outs) < 2e-6
+
+
+def test_no_assignments_give_zeros(make_problem):
+    problem = make_problem(5, 4, 0, hidden=64, implementation="block_sparse")
+    assert not np.any(problem.moe_mlp())
+
+
+def test_what_does_not_fit_is_said(make_problem, without_annotation_checks):
+    problem = make_problem(5, 2, 1, hidden=96, implementation="block_sparse")
+    with pytest.raises(ValueError, match=r"an expert has 96 hidden features; .* multiples of 64"):
+        problem.moe_mlp()
+    x, routing = problem.x, jmoe.Routing(problem.expert_index, problem.weight)
+    w_up, w_down = jnp.ones((12, 384)), jnp.ones((192, 12))
+    with pytest.raises(ValueError, match=r"w_up is .* must be floating-point \[D=12, sum of 2F=512\]"):
+        jmoe.moe_mlp(x, w_up, jnp.ones((256, 12)), routing, hidden_sizes=(64, 192))
+    with pytest.raises(ValueError, match=r"w_down is .* must be floating-point \[sum of F=192, D=12\]"):
+        jmoe.moe_mlp(x, w_up, w_down.T, routing, hidden_sizes=(64, 128))
+    with pytest.raises(ValueError, match='must be "block_sparse" or None'):
+        jmoe.moe_mlp(x, w_up, w_down, routing, hidden_sizes=(64, 128), implementation="xla")
+    with pytest.raises(ValueError, match="hidden_sizes is empty"):
+        jmoe.moe_mlp(x, w_up, w_down, routing, hidden_sizes=())
