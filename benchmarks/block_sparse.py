@@ -75,7 +75,7 @@ class BlockSparseProducts:
     def candidates(self) -> list[Candidate]:
         """The kernels of this project, and batched products."""
         backend = kernel_implementation()
-        run = {"implementation": backend}
+        run: dict[str, Any] = {"implementation": backend}
 
         def sparse(values: Array, topology: Topology) -> BlockSparseMatrix:
             return BlockSparseMatrix(values, topology)

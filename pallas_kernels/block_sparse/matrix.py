@@ -6,6 +6,7 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from pallas_kernels.block_sparse.topology import Topology
@@ -42,7 +43,7 @@ class BlockSparseMatrix:
     @classmethod
     def from_mask(
         cls,
-        mask: Bool[Array, "rows columns"],
+        mask: Bool[Array, "rows columns"] | Bool[np.ndarray, "rows columns"],
         *,
         block: int = 128,
         num_blocks: int | None = None,

@@ -6,7 +6,9 @@ from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int32, Integer
 
 from pallas_kernels.schedule import group_bounds, max_num_blocks
@@ -85,7 +87,11 @@ class Topology:
 
     @classmethod
     def from_mask(
-        cls, mask: Bool[Array, "rows columns"], *, block: int = 128, num_blocks: int | None = None
+        cls,
+        mask: Bool[Array, "rows columns"] | Bool[np.ndarray, "rows columns"],
+        *,
+        block: int = 128,
+        num_blocks: int | None = None,
     ) -> "Topology":
         """Makes the topology of the blocks where a mask is true.
 
@@ -113,7 +119,7 @@ class Topology:
         if block < 1:
             raise ValueError(f"block is {block}; it must be at least 1.")
         if num_blocks is None:
-            if isinstance(mask, jax.core.Tracer):
+            if isinstance(mask, Tracer):
                 raise ValueError("mask is traced and num_blocks is None; it must be a bound on the mask's blocks.")
             num_blocks = max(int(mask.sum()), 1)
         if num_blocks < 1:

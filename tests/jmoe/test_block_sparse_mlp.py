@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,11 +128,14 @@ def test_experts_of_different_widths_match_the_formulas(activation, bias, relati
         return y
 
     def product(x, weight, experts):
-        arrays = {name: side_by_side(values, axis=-1 if name.endswith("up") else 0) for name, values in experts.items()}
+        arrays: dict[str, Any] = {
+            name: side_by_side(values, axis=-1 if name.endswith("up") else 0) for name, values in experts.items()
+        }
         if bias:
             arrays["b_down"] = jnp.stack(experts["b_down"])
         routing = jmoe.Routing(expert_index, weight)
-        return jmoe.moe_mlp(x, routing=routing, activation=activation, hidden_sizes=sizes, **arrays)
+        options: dict[str, Any] = {"activation": activation, "hidden_sizes": sizes}
+        return jmoe.moe_mlp(x, routing=routing, **arrays, **options)
 
     dy = cotangent(x)
     arrays = {"x": x, "weight": weight, "experts": experts}
@@ -146,9 +150,12 @@ def test_a_flat_list_of_assignments_is_computed_too(make_problem, relative_error
     token = jnp.repeat(jnp.arange(40), 2)
     shuffle = np.random.default_rng(0).permutation(80)
     routing = jmoe.Assignments(token[shuffle], problem.expert_index.ravel()[shuffle], problem.weight.ravel()[shuffle])
-    y = jax.jit(lambda *arrays: jmoe.moe_mlp(*arrays, routing, implementation="block_sparse"))(
-        problem.x, problem.w_up, problem.w_down
-    )
+
+    @jax.jit
+    def run(x, w_up, w_down):
+        return jmoe.moe_mlp(x, w_up, w_down, routing, implementation="block_sparse")
+
+    y = run(problem.x, problem.w_up, problem.w_down)
     assert relative_error(y, problem.numpy_moe()) < 2e-6
 
 

@@ -204,6 +204,6 @@ def test_products_and_gradients_lower_to_the_kernels(shape, flags, h100):
 def test_what_the_kernels_cannot_run_is_said_or_runs_elsewhere(block, width, dtype, reason, h100):
     topology = Topology.from_mask(np.ones((2, 2), bool), block=block)
     lhs, rhs = jnp.ones((2 * block, width), dtype), jnp.ones((width, 2 * block), dtype)
-    assert "mosaic_gpu" not in lower(lambda *arrays: sdd(*arrays, topology).values, lhs, rhs, h100=h100)
+    assert "mosaic_gpu" not in lower(lambda lhs, rhs: sdd(lhs, rhs, topology).values, lhs, rhs, h100=h100)
     with pytest.raises(ValueError, match=reason):
-        lower(lambda *arrays: sdd(*arrays, topology, implementation="mosaic_gpu").values, lhs, rhs, h100=h100)
+        lower(lambda lhs, rhs: sdd(lhs, rhs, topology, implementation="mosaic_gpu").values, lhs, rhs, h100=h100)
