@@ -103,10 +103,11 @@ def sdd(
     k_steps = pl.cdiv(lhs.shape[0 if transpose_lhs else 1], _STEP)
     counts = jnp.concatenate([topology.num_tiles, topology.num_blocks[None]])
 
-    def kernel(lhs, rhs, tiles, counts, out, *, a_s, b_s, out_s, full, empty):
+    def kernel(lhs, rhs, tiles, counts, out, *, a_s, b_s, out_s, zeros_s, full, empty):
         ring = hopper.Ring(full, empty, num_stages)
         warpgroup = lax.axis_index("wg")
         own_tiles = hopper.count_own_tiles(counts[0])
+        own_padding = hopper.count_own_tiles(max_blocks - counts[1])
 
         def tile_at(i):
             """Loads the first block of this multiprocessor's i-th tile, its row and column, and how many it has."""
@@ -116,6 +117,18 @@ def sdd(
         @pl.when(warpgroup == hopper.MEMORY_WARPGROUP)
         def load():
             plgpu.set_max_registers(hopper.MEMORY_REGISTERS, action="decrease")
+            zeros_s[...] = jnp.zeros(zeros_s.shape, zeros_s.dtype)
+            plgpu.commit_smem()
+
+            def clear_block(i, carry):
+                number = counts[1] + hopper.own_tile(i)
+                height, width = zeros_s.shape
+                for row in range(0, BLOCK, height):
+                    for column in range(0, BLOCK, width):
+                        piece = out.at[number, pl.ds(row, height), pl.ds(column, width)]
+                        plgpu.copy_smem_to_gmem(zeros_s, piece, commit_group=False)
+                plgpu.commit_smem_to_gmem_group()
+                return carry
 
             def load_tile(i, tile):
                 _, row, column, _ = tile
@@ -136,10 +149,17 @@ def sdd(
                     return carry
 
                 lax.fori_loop(0, k_steps, load_step, jnp.int32(0))
+
+                @pl.when(i < own_padding)
+                def clear():  # in the shadow of the products
+                    clear_block(i, jnp.int32(0))
+
                 return upcoming
 
             lax.fori_loop(0, own_tiles, load_tile, tile_at(0))
+            lax.fori_loop(own_tiles, own_padding, clear_block, jnp.int32(0))
             ring.drain(own_tiles * k_steps)
+            plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup < hopper.MEMORY_WARPGROUP)
         def multiply():
@@ -172,13 +192,6 @@ def sdd(
             _, last = lax.fori_loop(0, own_tiles, multiply_tile, (tile_at(0), nothing))
             last.store(buffers, out)
 
-            def clear_block(i, carry):
-                number = counts[1] + hopper.own_tile(i)
-                zeros = dataclasses.replace(nothing, matrix=number, pending=jnp.bool_(True), num_blocks=jnp.int32(1))
-                zeros.store(buffers, out)
-                return carry
-
-            lax.fori_loop(0, hopper.count_own_tiles(max_blocks - counts[1]), clear_block, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
     run = hopper.persistent_kernel(
@@ -187,6 +200,7 @@ def sdd(
         scratch_types={
             **_ring_of_tiles(num_stages, block_n, lhs.dtype, transpose_lhs, transpose_rhs),
             "out_s": _result_buffers(out_dtype, transposed=False),
+            "zeros_s": plgpu.SMEM((16, hopper.swizzled_columns(out_dtype)), out_dtype),
             "full": plgpu.Barrier(num_arrivals=2, num_barriers=num_stages),
         },
     )

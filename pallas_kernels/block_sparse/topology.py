@@ -1,6 +1,7 @@
 """Which blocks of a matrix are nonzero, in both orders, and in what order kernels visit them."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, no_type_check
 
@@ -131,6 +132,7 @@ class Topology:
         return make_topology(row, column, (rows * block, columns * block), block)
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "block", "rows_are_contiguous"))
 def make_topology(
     row_indices: Int32[Array, " B"],
     column_indices: Int32[Array, " B"],

@@ -48,12 +48,23 @@ def expand(mask, block):
     return np.repeat(np.repeat(mask, block, 0), block, 1)
 
 
+def make_topology(mask, padding=0):
+    """In one compilation."""
+    return jax.jit(functools.partial(Topology.from_mask, num_blocks=int(mask.sum()) + padding))(mask)
+
+
+@jax.jit
+def select_with_nan(dense, topology):
+    values = BlockSparseMatrix.select(dense, topology).values
+    return jnp.where(topology.is_block[:, None, None], values, jnp.nan)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 @pytest.mark.parametrize(("m", "k", "n", "sparsity"), SHAPES)
 def test_sdd_and_its_gradients_match_masked_dense_products(m, k, n, sparsity, dtype, normal, relative_error):
     mask = random_mask(m // 128, n // 128, sparsity)
     lhs, rhs, grad = normal(m, k, dtype=dtype), normal(k, n, dtype=dtype, seed=1), normal(m, n, dtype=dtype, seed=2)
-    topology = Topology.from_mask(mask)
+    topology = make_topology(mask)
     masked_grad = wide(grad) * expand(mask, 128)
     expected = wide(lhs) @ wide(rhs) * expand(mask, 128), masked_grad @ wide(rhs).T, wide(lhs).T @ masked_grad
 
@@ -86,10 +97,10 @@ def test_sparse_operands_match_dense_ones_with_nan_in_padding(
 ):
     """`m` and `k` are those of the sparse operand, which has 3 slots more than blocks."""
     mask = random_mask(m // 128, k // 128, sparsity)
-    topology = Topology.from_mask(mask, num_blocks=int(mask.sum()) + 3)
-    stored = BlockSparseMatrix.select(normal(m, k, dtype=dtype), topology)
-    sparse_wide = wide(stored.to_dense())
-    values = jnp.where(topology.is_block[:, None, None], stored.values, jnp.nan)
+    topology = make_topology(mask, padding=3)
+    stored = normal(m, k, dtype=dtype)
+    sparse_wide = wide(stored) * expand(mask, 128)
+    values = select_with_nan(stored, topology)
 
     @functools.partial(jax.jit, static_argnums=(3, 4))
     def run(values, dense, grad, transpose_sparse, transpose_dense):
