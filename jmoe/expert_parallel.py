@@ -33,6 +33,7 @@ def sharded_mlps(
     *,
     activation: Activation,
     weight_on: WeightOn,
+    hidden_sizes: tuple[int, ...] | None = None,
     implementation: MLPImplementation | None,
 ) -> Float[Array, "T D"]:
     """Computes `moe_mlp` of this shard's tokens, plus the shared expert if there is one.
@@ -49,6 +50,7 @@ def sharded_mlps(
         axes: what is sharded over which mesh axes.
         activation: as in `moe_mlp`.
         weight_on: as in `moe_mlp`.
+        hidden_sizes: as in `moe_mlp`; only for experts and widths that are not split.
         implementation: as in `moe_mlp`.
 
     Returns:
@@ -60,10 +62,11 @@ def sharded_mlps(
     all_x, all_routing = _gather_tokens((x, routing), axes.experts, axes)
     all_y = moe_mlp(
         all_x,
-        routing=_local_experts(all_routing, experts.w_up.shape[0], axes.experts),
-        **split_hidden(experts)._asdict(),
+        routing=_local_experts(all_routing, len(hidden_sizes or experts.w_up), axes.experts),
+        **(experts if hidden_sizes else split_hidden(experts))._asdict(),
         activation=activation,
         weight_on=weight_on,
+        hidden_sizes=hidden_sizes,
         implementation=implementation,
     )
     y = _reduce_tokens(all_y, axes.experts, axes)

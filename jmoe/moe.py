@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, no_type_check
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from jmoe.activations import Activation
+from jmoe.block_sparse import check_hidden_sizes
 from jmoe.debug import refuse_mesh
 from jmoe.expert_parallel import ShardAxes, sharded_mlps
 from jmoe.losses import expert_load, load_balancing_loss, router_z_loss
@@ -51,8 +53,9 @@ class MoE(nnx.Module):
 
     `y = sum_k w_k * MLP_{e_k}(x)`, with experts and weights from a linear router (`jmoe.route_top_k`).
     Parameters are `router.kernel` [D, E], `w_up` [E, D, 2F] (gated, gate columns first; [E, D, F] plain),
-    `w_down` [E, F, D] and, with `use_bias`, `b_up` and `b_down`; `shared` holds those of the shared expert,
-    without E. They carry the logical axis names of `jmoe.LOGICAL_AXIS_RULES`, and need no mesh.
+    `w_down` [E, F, D] (side by side where widths differ) and, with `use_bias`, `b_up` and `b_down`; `shared` holds
+    those of the shared expert, without E. They carry the logical axis names of `jmoe.LOGICAL_AXIS_RULES`, and need
+    no mesh.
 
     On a mesh (`jax.set_mesh`) the experts are computed where they are stored: tokens are all-gathered over
     the expert axis and the outputs reduced back. Axes of the mesh may be Auto or Explicit. Inside a
@@ -60,7 +63,8 @@ class MoE(nnx.Module):
 
     Args:
         features: D, the width of the input and the output.
-        hidden_features: F, the hidden width of one expert.
+        hidden_features: F, the hidden width of one expert; or a sequence of E widths, for experts of different ones,
+            as the `hidden_sizes` of `jmoe.moe_mlp`. These are not split over mesh axes.
         num_experts: E.
         top_k: K, the experts of each token.
         activation: as in `jmoe.moe_mlp`.
@@ -100,7 +104,7 @@ class MoE(nnx.Module):
     def __init__(
         self,
         features: int,
-        hidden_features: int,
+        hidden_features: int | Sequence[int],
         num_experts: int,
         top_k: int,
         *,
@@ -120,7 +124,18 @@ class MoE(nnx.Module):
         implementation: MLPImplementation | None = None,
         rngs: nnx.Rngs,
     ):
-        sizes = {"features": features, "hidden_features": hidden_features, "num_experts": num_experts}
+        if not isinstance(hidden_features, int):
+            hidden_features = tuple(hidden_features)
+            check_hidden_sizes(hidden_features)
+            if len(hidden_features) != num_experts:
+                raise ValueError(
+                    f"hidden_features has {len(hidden_features)} widths; it must have one for each of the "
+                    f"{num_experts} experts, or be one for all."
+                )
+        self._hidden_sizes = hidden_features if isinstance(hidden_features, tuple) else None
+        sizes = {"features": features, "num_experts": num_experts}
+        if isinstance(hidden_features, int):
+            sizes["hidden_features"] = hidden_features
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be at least 1.")
@@ -261,6 +276,7 @@ class MoE(nnx.Module):
             axes,
             activation=self.activation,
             weight_on=self.weight_on,
+            hidden_sizes=self._hidden_sizes,
             implementation=self.implementation,
         )  # [T, D]
         if mask is not None and parameters.shared is not None:
@@ -287,13 +303,21 @@ class MoE(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         experts = mesh_axes("expert", mesh)
         hidden = tuple(axis for axis in mesh_axes("expert_hidden", mesh) if axis not in experts)
+        if self._hidden_sizes:
+            if (shards := math.prod(mesh.shape[axis] for axis in experts + hidden)) > 1:
+                raise ValueError(
+                    f"the mesh splits experts and their widths into {shards}, and hidden_features differ from expert "
+                    "to expert; give 'expert' and 'expert_hidden' other rules with flax.nnx.logical_axis_rules, such "
+                    "as None."
+                )
+            experts = hidden = ()
         for argument, rule, axes in (
             ("num_experts", "expert", experts),
             ("hidden_features", "expert_hidden", hidden),
             ("shared_hidden_features", "expert_hidden", hidden),
         ):
             size, shards = getattr(self, argument), math.prod(mesh.shape[axis] for axis in axes)
-            if size % shards:
+            if shards > 1 and size % shards:
                 raise ValueError(
                     f"{argument} is {size}; it must be a multiple of {shards}, the size of the mesh axis "
                     f"{' x '.join(axes)}: make it {size + -size % shards}, or give {rule!r} another rule with "

@@ -190,6 +190,45 @@ def test_the_layer_takes_the_implementation(relative_error):
     assert relative_error(*outs) < 2e-6
 
 
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_a_layer_of_equal_widths_side_by_side_is_the_layer_of_one_width(use_bias, relative_error):
+    x = jax.random.normal(jax.random.key(0), (3, 20, 32))
+    options: dict[str, Any] = {"use_bias": use_bias, "bias_init": nnx.initializers.normal()}
+    moe = jmoe.MoE(32, 64, 4, 2, **options, rngs=nnx.Rngs(0))
+    flat = jmoe.MoE(32, [64] * 4, 4, 2, **options, rngs=nnx.Rngs(1))
+    assert flat.w_up.shape == (32, 4 * 128)
+    assert flat.w_down.shape == (4 * 64, 32)
+    flat.router.kernel[...] = moe.router.kernel[...]
+    flat.w_up[...] = moe.w_up[...].swapaxes(0, 1).reshape(32, -1)
+    flat.w_down[...] = moe.w_down[...].reshape(-1, 32)
+    if flat.b_up is not None and flat.b_down is not None and moe.b_up is not None and moe.b_down is not None:
+        flat.b_up[...], flat.b_down[...] = moe.b_up[...].ravel(), moe.b_down[...]
+    (y, aux), (expected, expected_aux) = (nnx.jit(lambda moe, x: moe(x))(layer, x) for layer in (flat, moe))
+    assert relative_error(y, expected) < 2e-6
+    np.testing.assert_array_equal(aux.expert_load, expected_aux.expert_load)
+
+
+def test_a_layer_of_experts_of_different_widths_trains_on_a_mesh_of_data():
+    moe = jmoe.MoE(32, [64, 128, 192], 3, 2, rngs=nnx.Rngs(0))
+    scale = [float(jnp.std(part)) for part in jnp.split(moe.w_down[...], [64, 192])]
+    np.testing.assert_allclose(scale, [64**-0.5, 128**-0.5, 192**-0.5], rtol=0.1)  # fans of each expert's own
+    x = jax.random.normal(jax.random.key(0), (4, 16, 32))
+
+    @nnx.jit
+    def gradients(moe, x):
+        return nnx.grad(lambda moe: jnp.mean((moe(x)[0] - x) ** 2))(moe)
+
+    expected = gradients(moe, x)
+    with jax.set_mesh(jax.make_mesh((4,), ("data",))):
+        actual = gradients(moe, jax.device_put(x, jax.P("data")))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), actual, expected)
+    with (
+        jax.set_mesh(jax.make_mesh((2, 2), ("data", "tensor"))),
+        pytest.raises(ValueError, match="hidden_features differ from expert to expert"),
+    ):
+        moe(x)
+
+
 def test_no_assignments_give_zeros(make_problem):
     problem = make_problem(5, 4, 0, hidden=64, implementation="block_sparse")
     assert not np.any(problem.moe_mlp())
@@ -207,5 +246,7 @@ def test_what_does_not_fit_is_said(make_problem, without_annotation_checks):
         jmoe.moe_mlp(x, w_up, w_down.T, routing, hidden_sizes=(64, 128))
     with pytest.raises(ValueError, match='must be "block_sparse" or None'):
         jmoe.moe_mlp(x, w_up, w_down, routing, hidden_sizes=(64, 128), implementation="xla")
+    with pytest.raises(ValueError, match="hidden_features has 2 widths; it must have one for each of the 3"):
+        jmoe.MoE(12, [64, 128], 3, 1, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="hidden_sizes is empty"):
         jmoe.moe_mlp(x, w_up, w_down, routing, hidden_sizes=())
