@@ -60,7 +60,7 @@ def cases():
         rows, columns, width, sparsity = shape
         make = functools.partial(random_topology, rows, columns, sparsity)
         for flags in FLAGS if shape == SHAPES[-1] else [FLAGS[i // 2 % 4]]:
-            yield pytest.param(make, width, flags, dtype, id=f"{shape}-{flags}-{dtype.__name__}")
+            yield pytest.param(make, width, flags, dtype, id=f"{shape}-{flags}-{jnp.dtype(dtype).name}")
     for flags in FLAGS:
         yield pytest.param(topology_of_experts, 576, flags, jnp.bfloat16, id=f"experts-{flags}")
 
