@@ -13,11 +13,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jmoe.activations import Activation, activate, is_gated
-from jmoe.mlp import ExpertParameters, WeightOn, moe_mlp
+from jmoe.mlp import ExpertParameters, MLPImplementation, WeightOn, moe_mlp
 from jmoe.routing import Assignments, Routing
 from jmoe.rows import accumulator_dtype
 from jmoe.sharding import as_axes, mesh_axes
-from pallas_kernels import Implementation
 
 
 class SharedParameters(NamedTuple):
@@ -44,15 +43,25 @@ class ShardAxes:
     sequence: tuple[str, ...] = ()
 
 
-def shard_axes(tokens: PartitionSpec, num_experts: int, hidden_features: int, shared_hidden_features: int) -> ShardAxes:
+def shard_axes(
+    tokens: PartitionSpec, num_experts: int, hidden_features: int | tuple[int, ...], shared_hidden_features: int
+) -> ShardAxes:
     """Says which axes of the current mesh a layer is sharded over, for tokens sharded as given.
 
     Raises:
-        ValueError: an axis does not divide what it shards.
+        ValueError: an axis does not divide what it shards, or splits experts of different widths.
     """
     mesh = jax.sharding.get_abstract_mesh()
     experts = mesh_axes("expert", mesh)
     hidden = tuple(axis for axis in mesh_axes("expert_hidden", mesh) if axis not in experts)
+    if isinstance(hidden_features, tuple):
+        if (shards := math.prod(mesh.shape[axis] for axis in experts + hidden)) > 1:
+            raise ValueError(
+                f"the mesh splits experts and their widths into {shards}, and hidden_features differ from expert to "
+                "expert; give 'expert' and 'expert_hidden' other rules with flax.nnx.logical_axis_rules, such as None."
+            )
+        experts = hidden = ()
+        hidden_features = sum(hidden_features)
     for argument, size, rule, axes in (
         ("num_experts", num_experts, "expert", experts),
         ("hidden_features", hidden_features, "expert_hidden", hidden),
@@ -80,7 +89,8 @@ def sharded_mlps(
     activation: Activation,
     weight_on: WeightOn,
     remat: bool,
-    implementation: Implementation | None,
+    hidden_sizes: tuple[int, ...] | None,
+    implementation: MLPImplementation | None,
 ) -> Float[Array, "T D"]:
     """Computes `moe_mlp` of this shard's tokens, plus the shared expert if there is one.
 
@@ -98,6 +108,7 @@ def sharded_mlps(
         activation: as in `moe_mlp`.
         weight_on: as in `moe_mlp`.
         remat: as in `moe_mlp`, and the same for the shared expert.
+        hidden_sizes: as in `moe_mlp`; only for experts and widths that are not split.
         implementation: as in `moe_mlp`.
 
     Returns:
@@ -109,11 +120,12 @@ def sharded_mlps(
     all_x, all_routing = _gather_routed(x, routing, axes.experts, axes)
     all_y = moe_mlp(
         all_x,
-        routing=_local_experts(all_routing, experts.w_up.shape[0], axes.experts),
-        **split_hidden(experts)._asdict(),
+        routing=_local_experts(all_routing, len(hidden_sizes or experts.w_up), axes.experts),
+        **(experts if hidden_sizes else split_hidden(experts))._asdict(),
         activation=activation,
         weight_on=weight_on,
         remat=remat,
+        hidden_sizes=hidden_sizes,
         implementation=implementation,
     )
     y = _reduce_tokens(all_y, axes.experts, axes)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jmoe.activations import Activation, activate, is_gated, value_and_derivative
-from jmoe.arguments import check_array
+from jmoe import block_sparse
+from jmoe.activations import Activation, activate, value_and_derivative
+from jmoe.arguments import check_mlp, check_mlp_side_by_side
 from jmoe.combine import combine, group_sum
 from jmoe.debug import check
-from jmoe.dispatch import Dispatch, check_routing, dispatch_unsorted, make_dispatch
+from jmoe.dispatch import Dispatch, dispatch_unsorted, make_dispatch
 from jmoe.routing import Assignments, Routing, is_present
 from jmoe.rows import accumulator, accumulator_dtype, of_expert, take_rows, weighted
 from pallas_kernels import (
@@ -24,20 +26,22 @@ from pallas_kernels import (
 )
 
 WeightOn = Literal["output", "input"]
+MLPImplementation = Implementation | Literal["block_sparse"]
 
 
 def moe_mlp(
     x: Float[Array, "T D"],
-    w_up: Float[Array, "E D H"],
-    w_down: Float[Array, "E F D"],
+    w_up: Float[Array, "E D H"] | Float[Array, "D H"],
+    w_down: Float[Array, "E F D"] | Float[Array, "F D"],
     routing: Routing | Assignments,
     *,
     activation: Activation = "swiglu",
-    b_up: Float[Array, "E H"] | None = None,
+    b_up: Float[Array, "E H"] | Float[Array, " H"] | None = None,
     b_down: Float[Array, "E D"] | None = None,
     weight_on: WeightOn = "output",
     remat: bool = False,
-    implementation: Implementation | None = None,
+    hidden_sizes: Sequence[int] | None = None,
+    implementation: MLPImplementation | None = None,
 ) -> Float[Array, "T D"]:
     """Computes the weighted sum of each token's expert MLPs; no token is dropped, whatever the routing.
 
@@ -62,8 +66,14 @@ def moe_mlp(
         b_down: [E, D], added to the expert's output, so that it is weighted too.
         weight_on: what the routing weight multiplies, the expert's "output" or its "input" (Llama 4).
         remat: whether the backward computes the pre-activations again instead of keeping them; then only x is
-            kept, for one more grouped matmul.
-        implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`.
+            kept, for one more product.
+        hidden_sizes: F of each expert, static, where experts have different ones. The arrays then have their
+            columns, or rows, side by side: w_up [D, sum of 2F_e] (an expert's gate columns, then its up columns) or
+            [D, sum of F_e], w_down [sum of F_e, D], b_up as w_up without D.
+        implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`; or "block_sparse", which pads
+            each expert's rows to blocks and multiplies block-sparse matrices as MegaBlocks does (arXiv 2211.15841,
+            section 5). Only that can have `hidden_sizes`, and they mean it. All F are then multiples of 64, better of
+            128; weights [E, D, H] are copied to [D, E*H], and such with `hidden_sizes` are not.
 
     Returns:
         [T, D] in x's dtype.
@@ -80,29 +90,48 @@ def moe_mlp(
         [[10.0, 10.0], [5.0, 5.0], [0.0, 0.0]]
     """
     parameters = ExpertParameters(w_up, w_down, b_up, b_down)
-    _check_arguments(x, parameters, routing, activation, weight_on)
+    if hidden_sizes is None:
+        check_mlp(x, parameters, routing, activation, weight_on)
+        num_experts, hidden, _ = w_down.shape
+        hidden_sizes = (hidden,) * num_experts
+    else:
+        hidden_sizes, num_experts = tuple(hidden_sizes), len(hidden_sizes)
+        if implementation not in (None, "block_sparse"):
+            raise ValueError(
+                f'implementation is {implementation!r} and there are hidden_sizes; it must be "block_sparse" or None.'
+            )
+        implementation = "block_sparse"
+        check_mlp_side_by_side(x, parameters, routing, activation, weight_on, hidden_sizes)
     if isinstance(routing, Assignments):
         in_range = (routing.token_index >= 0) & (routing.token_index < x.shape[0])
-        present = is_present(routing.expert_index, w_up.shape[0])
+        present = is_present(routing.expert_index, num_experts)
         check(in_range | ~present, "token_index of a present assignment is outside [0, T)")
         routing = routing.where(in_range)
     check(
-        jnp.isfinite(routing.weight) | ~is_present(routing.expert_index, w_up.shape[0]),
+        jnp.isfinite(routing.weight) | ~is_present(routing.expert_index, num_experts),
         "the routing weight of a present assignment is not finite",
     )
+    if implementation == "block_sparse":
+        block_sparse.check_hidden_sizes(hidden_sizes)
+        if not x.size or not routing.expert_index.size:
+            return jnp.zeros_like(x)
+        options = block_sparse.Options(activation, weight_on, remat, hidden_sizes)
+        return block_sparse.block_sparse_mlp(
+            options, x, parameters, routing.weight, make_dispatch(routing, num_experts)
+        )
     options = _Options(activation, weight_on, remat, implementation)
     unsorted = None
     if isinstance(routing, Routing) and x.shape[0] == 1 and routing.expert_index.size:
-        unsorted = dispatch_unsorted(routing, w_up.shape[0])
-    return _moe_mlp(options, x, parameters, routing.weight, make_dispatch(routing, w_up.shape[0]), unsorted)
+        unsorted = dispatch_unsorted(routing, num_experts)
+    return _moe_mlp(options, x, parameters, routing.weight, make_dispatch(routing, num_experts), unsorted)
 
 
 class ExpertParameters(NamedTuple):
     """The parameters of E expert MLPs, in the shapes of `moe_mlp`."""
 
-    w_up: Float[Array, "E D H"]
-    w_down: Float[Array, "E F D"]
-    b_up: Float[Array, "E H"] | None = None
+    w_up: Float[Array, "E D H"] | Float[Array, "D H"]
+    w_down: Float[Array, "E F D"] | Float[Array, "F D"]
+    b_up: Float[Array, "E H"] | Float[Array, " H"] | None = None
     b_down: Float[Array, "E D"] | None = None
 
 
@@ -259,26 +288,3 @@ def _weight_gradient(options, rows, out_grad, weights, dispatch, *, lhs_index=No
         out_grad_index=out_grad_index,
         implementation=options.implementation,
     )
-
-
-def _check_arguments(x, parameters, routing, activation, weight_on):
-    if weight_on not in ("output", "input"):
-        raise ValueError(f"weight_on is {weight_on!r}; it must be 'output' or 'input'.")
-    gated = is_gated(activation)
-    check_routing(routing)
-    check_array("x", x, ("T", "D"), {})
-    num_tokens, features = x.shape
-    if isinstance(routing, Routing) and routing.expert_index.shape[0] != num_tokens:
-        raise ValueError(
-            f"routing is for {routing.expert_index.shape[0]} tokens and x has {num_tokens}; they must agree."
-        )
-    check_array("w_down", parameters.w_down, ("E", "F", "D"), {"D": features})
-    num_experts, hidden, _ = parameters.w_down.shape
-    width = "2F" if gated else "F"
-    sizes = {"E": num_experts, "D": features, "F": hidden, "2F": 2 * hidden}
-    remedy = f" ({activation} is gated: gate columns first, then as many up columns)" if gated else ""
-    check_array("w_up", parameters.w_up, ("E", "D", width), sizes, remedy)
-    if parameters.b_up is not None:
-        check_array("b_up", parameters.b_up, ("E", width), sizes, remedy)
-    if parameters.b_down is not None:
-        check_array("b_down", parameters.b_down, ("E", "D"), sizes)

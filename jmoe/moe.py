@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -17,15 +18,20 @@ from jmoe.activations import Activation
 from jmoe.capacity import expert_capacity, limited_by_factor
 from jmoe.debug import refuse_mesh
 from jmoe.expert_parallel import ShardAxes, shard_axes, sharded_mlps
-from jmoe.mlp import WeightOn
+from jmoe.mlp import MLPImplementation, WeightOn
 from jmoe.moe_aux import MoEAux, moe_aux
-from jmoe.parameters import create_mlp_parameters, create_shared_expert, mlp_parameters, shared_parameters
+from jmoe.parameters import (
+    checked_widths,
+    create_mlp_parameters,
+    create_shared_expert,
+    mlp_parameters,
+    shared_parameters,
+)
 from jmoe.routers.create import create_router
 from jmoe.routers.router import Route, Router, with_inputs
 from jmoe.routers.zero_experts import split_zero_experts
 from jmoe.routing import Assignments, Routing, Score, ScoreOrder
 from jmoe.sharding import partitioned, reshard, shardable_axes, token_spec
-from pallas_kernels import Implementation
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
@@ -39,9 +45,9 @@ class MoE(nnx.Module):
 
     `y = sum_k w_k * MLP_{e_k}(x)`, with experts and weights from a linear router (`jmoe.route_top_k`).
     Parameters are `router.kernel` [D, E], `w_up` [E, D, 2F] (gated, gate columns first; [E, D, F] plain),
-    `w_down` [E, F, D] and, with `use_bias`, `b_up` and `b_down`; `shared` holds those of the shared expert,
-    without E, and `bias` [D] is that of the output. They carry the logical axis names of
-    `jmoe.LOGICAL_AXIS_RULES`, and need no mesh.
+    `w_down` [E, F, D] (side by side where widths differ) and, with `use_bias`, `b_up` and `b_down`; `shared` holds
+    those of the shared expert, without E, and `bias` [D] is that of the output. They carry the logical axis names
+    of `jmoe.LOGICAL_AXIS_RULES`, and need no mesh.
 
     On a mesh (`jax.set_mesh`) the experts are computed where they are stored: tokens are all-gathered over
     the expert axis and the outputs reduced back. Axes of the mesh may be Auto or Explicit. Inside a
@@ -49,7 +55,8 @@ class MoE(nnx.Module):
 
     Args:
         features: D, the width of the input and the output.
-        hidden_features: F, the hidden width of one expert.
+        hidden_features: F, the hidden width of one expert; or a sequence of E widths, for experts of different ones,
+            as the `hidden_sizes` of `jmoe.moe_mlp`. These are not split over mesh axes.
         num_experts: E.
         top_k: K, the experts of each token; not with `router`.
         activation: as in `jmoe.moe_mlp`.
@@ -86,7 +93,7 @@ class MoE(nnx.Module):
         kernel_init: initializer of every matrix. It sees one expert's [D, 2F] or [F, D] at a time, so that
             fans are counted per expert.
         bias_init: initializer of the biases.
-        implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`.
+        implementation: as in `jmoe.moe_mlp`.
         rngs: random keys for the parameters (stream "params").
 
     Raises:
@@ -106,7 +113,7 @@ class MoE(nnx.Module):
     def __init__(
         self,
         features: int,
-        hidden_features: int,
+        hidden_features: int | Sequence[int],
         num_experts: int,
         top_k: int | None = None,
         *,
@@ -131,10 +138,10 @@ class MoE(nnx.Module):
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         kernel_init: Initializer = _KERNEL_INIT,
         bias_init: Initializer = _BIAS_INIT,
-        implementation: Implementation | None = None,
+        implementation: MLPImplementation | None = None,
         rngs: nnx.Rngs,
     ):
-        sizes = {"features": features, "hidden_features": hidden_features, "num_experts": num_experts}
+        sizes = {"features": features, "num_experts": num_experts}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be at least 1.")
@@ -158,7 +165,7 @@ class MoE(nnx.Module):
         if capacity_factor:
             expert_capacity(capacity_factor, 1, num_experts)  # raises if it is none
         self.features = features
-        self.hidden_features = hidden_features
+        self.hidden_features = checked_widths(hidden_features, num_experts)
         self.num_experts = num_experts
         self.top_k = top_k
         self.activation: Activation = activation
@@ -179,7 +186,7 @@ class MoE(nnx.Module):
         self.remat = remat
         self.dtype = dtype
         self.param_dtype = param_dtype
-        self.implementation: Implementation | None = implementation
+        self.implementation: MLPImplementation | None = implementation
 
         initialization = {"param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
         self.router: Any = create_router(  # a `Router`, whose variables are read by their names
@@ -194,7 +201,7 @@ class MoE(nnx.Module):
             **initialization,
         )
         mlp = {"activation": activation, "use_bias": use_bias, "bias_init": bias_init, **initialization}
-        experts = create_mlp_parameters(features, hidden_features, "expert_hidden", num_experts=num_experts, **mlp)
+        experts = create_mlp_parameters(features, self.hidden_features, "expert_hidden", num_experts=num_experts, **mlp)
         self.w_up, self.w_down, self.b_up, self.b_down = experts
         shared = None
         if shared_hidden_features:
@@ -305,6 +312,7 @@ class MoE(nnx.Module):
             activation=self.activation,
             weight_on=self.weight_on,
             remat=self.remat,
+            hidden_sizes=self.hidden_features if isinstance(self.hidden_features, tuple) else None,
             implementation=self.implementation,
         )  # [T, D]
         if identity_weight is not None:

@@ -1,12 +1,15 @@
 """The parameters of expert MLPs as Flax variables."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Initializer
 
 from jmoe.activations import Activation, is_gated
+from jmoe.block_sparse import check_hidden_sizes
 from jmoe.expert_parallel import SharedParameters
 from jmoe.mlp import ExpertParameters
 from jmoe.sharding import partitioned
@@ -29,9 +32,25 @@ class SharedExpert(nnx.Module):
         self.gate = gate
 
 
+def checked_widths(hidden_features: int | Sequence[int], num_experts: int) -> int | tuple[int, ...]:
+    """Returns the width of all experts, or the widths of each, or raises a ValueError where they are no such thing."""
+    if isinstance(hidden_features, int):
+        if hidden_features < 1:
+            raise ValueError(f"hidden_features is {hidden_features}; it must be at least 1.")
+        return hidden_features
+    hidden_features = tuple(hidden_features)
+    check_hidden_sizes(hidden_features)
+    if len(hidden_features) != num_experts:
+        raise ValueError(
+            f"hidden_features has {len(hidden_features)} widths; it must have one for each of the {num_experts} "
+            "experts, or be one for all."
+        )
+    return hidden_features
+
+
 def create_mlp_parameters(
     features: int,
-    hidden_features: int,
+    hidden_features: int | tuple[int, ...],
     hidden_axis: str,
     *,
     num_experts: int | None = None,
@@ -42,8 +61,29 @@ def create_mlp_parameters(
     bias_init: Initializer,
     rngs: nnx.Rngs,
 ) -> MLPVariables:
-    """Creates the variables of `num_experts` MLPs, or of one without that axis, with their logical axes."""
-    width = (2 if is_gated(activation) else 1) * hidden_features
+    """Creates the variables of `num_experts` MLPs, or of one without that axis, with their logical axes.
+
+    MLPs of different widths lie side by side, as `jmoe.moe_mlp` takes them, and are not split over a mesh.
+    """
+    parts = 2 if is_gated(activation) else 1
+    if isinstance(hidden_features, tuple):
+
+        def create_side_by_side(initializer: Initializer, shapes: list[tuple[int, ...]], axis: int) -> nnx.Param:
+            axes = tuple("embed" if i != axis and len(shapes[0]) > 1 else None for i in range(len(shapes[0])))
+            initializer, shape = _side_by_side(initializer, shapes, axis)
+            return nnx.Param(partitioned(initializer, axes)(rngs.params(), shape, param_dtype))
+
+        up, down = (
+            [(features, parts * size) for size in hidden_features],
+            [(size, features) for size in hidden_features],
+        )
+        return MLPVariables(
+            w_up=create_side_by_side(kernel_init, up, 1),
+            w_down=create_side_by_side(kernel_init, down, 0),
+            b_up=create_side_by_side(bias_init, [shape[1:] for shape in up], 0) if use_bias else None,
+            b_down=create_side_by_side(bias_init, [(1, features)] * len(hidden_features), 0) if use_bias else None,
+        )
+    width = parts * hidden_features
 
     def create(initializer: Initializer, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         if num_experts is not None:
@@ -84,6 +124,21 @@ def per_expert(initializer: Initializer) -> Initializer:
         return jax.vmap(lambda key: initializer(key, shape[1:], dtype))(jax.random.split(key, shape[0]))
 
     return initialize
+
+
+def _side_by_side(
+    initializer: Initializer, shapes: list[tuple[int, ...]], axis: int
+) -> tuple[Initializer, tuple[int, ...]]:
+    """Initializes each expert as an array of its own, and joins them; returns the shape of all too."""
+
+    def initialize(key, shape, dtype):
+        del shape
+        keys = jax.random.split(key, len(shapes))
+        return jnp.concatenate([initializer(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)], axis)
+
+    whole = list(shapes[0])
+    whole[axis] = sum(shape[axis] for shape in shapes)
+    return initialize, tuple(whole)
 
 
 @runtime_checkable
