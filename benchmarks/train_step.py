@@ -6,6 +6,7 @@ model on XLA: that the program works, not what a GPU does.
 
 import argparse
 import dataclasses
+import itertools
 import math
 import multiprocessing
 import os
@@ -38,13 +39,13 @@ from jmoe.models.config import DType, Remat
 from pallas_kernels.device import has_hopper_gpu
 from train.config import OptimizerConfig
 from train.optimizer import decayed_parameters, make_optimizer, make_schedule
-from train.step import DeviceBatch, TrainState, graph_of, init_state, make_train_step
+from train.step import DeviceBatch, Metrics, TrainState, graph_of, init_state, make_train_step
 
 METHOD = """\
 One jitted step with donated state, train.step.make_train_step: loss with router losses, gradients, their norm,
 AdamW. Random tokens, made on the device, the same in each step; each sequence is one document. Each setting runs
-in a process of its own. seconds: medians and extremes of {steps} steps after {warm_up} untimed ones, waiting for
-each.
+in a process of its own. seconds: medians and extremes of {steps} steps after {warm_up} untimed ones, each from the
+end of the step before to its own. A step is started while the one before runs, as the training program does.
 bf16: parameters and moments in bfloat16, no clipping. program: the training program's precision and optimizer, so
 float32 master weights and moments, bfloat16 compute (float32 on a CPU), clipping by the global norm.
 peak_gib: the most memory that arrays and XLA's buffers took at a time in the process, initialisation and
@@ -174,13 +175,19 @@ def measure(setting: str, asked: Record, *, steps: int, seed: int) -> Record:
 def _time_steps(
     step: jax.stages.Compiled, state: TrainState, batch: DeviceBatch, model: TransformerConfig, steps: int
 ) -> Record:
-    seconds, losses = [], []
-    for _ in range(_WARM_UP_STEPS + steps):
-        started = time.perf_counter()
-        state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-        seconds.append(time.perf_counter() - started)
+    ends, losses = [], []
+
+    def end(metrics: Metrics) -> None:
         losses.append(float(metrics["cross_entropy"]))
+        ends.append(time.perf_counter())
+
+    state, metrics = step(state, batch)
+    for _ in range(_WARM_UP_STEPS + steps - 1):
+        before = metrics
+        state, metrics = step(state, batch)
+        end(before)
+    end(metrics)
+    seconds = [end - start for start, end in itertools.pairwise(ends)]
     # A model that has learned nothing is about as good as chance, or it is broken, and so are its figures.
     chance = math.log(model.vocab_size)
     if not abs(losses[0] - chance) < 1 or not math.isfinite(losses[-1]):
@@ -188,7 +195,7 @@ def _time_steps(
             f"the cross entropy was {losses[0]:.3f} at the first step, where chance is {chance:.3f}, and "
             f"{losses[-1]:.3f} at the last"
         )
-    timed = seconds[_WARM_UP_STEPS:]
+    timed = seconds[_WARM_UP_STEPS - 1 :]
     return {
         "cross_entropy_first": losses[0],
         "cross_entropy_last": losses[-1],

@@ -105,8 +105,8 @@ def make_dispatch(routing: Routing | Assignments, num_experts: int) -> Dispatch:
 def dispatch_unsorted(routing: Routing, num_experts: int) -> Dispatch:
     """Makes each assignment a group of its own, so that nothing has to be sorted.
 
-    For a single token, whose experts are different ones as a rule: then each expert's weights are read once all the
-    same, and the small kernels of a sort and of a schedule are saved. Absent assignments have rows too, of some expert
+    For so few tokens that they hardly share an expert: then each expert's weights are read once, or little more, and
+    the small kernels of a sort and of a schedule are saved. Absent assignments have rows too, of some expert
     or other, and places past the last row.
 
     Args:

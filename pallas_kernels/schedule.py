@@ -187,20 +187,20 @@ def make_tile_schedule(
 
     start, end = group_bounds(group_sizes, num_rows, cover_remainder=cover_remainder)
     num_blocks = jnp.where(end > start, -(-(end - start // alignment * alignment) // block_rows), 0)
-    num_tiles = num_blocks * column_blocks
     group = jnp.arange(start.size, dtype=jnp.int32)
-    last_tile = _masked_sum(group <= group[:, None], num_tiles)
+    last_block = _masked_sum(group <= group[:, None], num_blocks)
 
     slots = max_num_blocks(start.size, num_rows=num_rows, block_rows=block_rows, alignment=alignment)
+    block = jnp.arange(slots, dtype=jnp.int32)
+    is_of_group = (block[:, None] < last_block) & (block[:, None] >= last_block - num_blocks)
+    # Padding blocks are of no group, so that every number of theirs is 0. The sums are by block, which is the same for
+    # all matmuls of a layer, whatever their column blocks.
+    of_block = [_masked_sum(is_of_group, x) for x in (group, start, end, num_blocks, last_block)]
     tile = jnp.arange(slots * column_blocks, dtype=jnp.int32)
-    is_of_group = (tile[:, None] < last_tile) & (tile[:, None] >= last_tile - num_tiles)
-    # Padding tiles are of no group, so that every number of theirs is 0.
-    group, start, end, height, past_last = (
-        _masked_sum(is_of_group, x) for x in (group, start, end, num_blocks, last_tile)
-    )
+    group, start, end, height, past_last = (jnp.repeat(x, column_blocks) for x in of_block)
     num_bands = jnp.maximum((height + band_rows // 2) // band_rows, 1)
     band_height = jnp.maximum(-(-height // num_bands), 1)
-    in_group = jnp.where(height > 0, tile - (past_last - height * column_blocks), 0)
+    in_group = jnp.where(height > 0, tile - (past_last - height) * column_blocks, 0)
     band, in_band = in_group // (band_height * column_blocks), in_group % (band_height * column_blocks)
     height_here = jnp.clip(height - band * band_height, 1, band_height)
     block_window = start // alignment * alignment + (band * band_height + in_band % height_here) * block_rows
@@ -210,5 +210,5 @@ def make_tile_schedule(
         start=block_start,
         size=jnp.minimum(block_window + block_rows, end) - block_start,
         column_block=in_band // height_here,
-        last_tile=last_tile,
+        last_tile=last_block * column_blocks,
     )

@@ -35,7 +35,7 @@ def activation_gradient(
     columns = hopper.chunk_columns(width)
     layout = _warp_rows(columns)
 
-    def kernel(h, out_grad, *refs):
+    def activation_gradient_kernel(h, out_grad, *refs):
         weight_ref, refs = (refs[0], refs[1:]) if weight is not None else (None, refs)
         dh, a = refs[:2]
         # The last block moves up to end with the last row, and computes some rows a second time.
@@ -72,7 +72,7 @@ def activation_gradient(
 
     of_weight = () if weight is None else (weight.astype(jnp.float32),)
     outs = plgpu.kernel(
-        kernel,
+        activation_gradient_kernel,
         out_type=[
             jax.ShapeDtypeStruct(h.shape, h.dtype),
             jax.ShapeDtypeStruct(out_grad.shape, h.dtype),

@@ -114,7 +114,7 @@ def sdd(
     k_steps = pl.cdiv(lhs.shape[0 if transpose_lhs else 1], _STEP)
     counts = jnp.concatenate([topology.num_tiles, topology.num_blocks[None]])
 
-    def kernel(lhs, rhs, tiles, counts, out, *, a_s, b_s, out_s, zeros_s, full, empty):
+    def sdd_kernel(lhs, rhs, tiles, counts, out, *, a_s, b_s, out_s, zeros_s, full, empty):
         ring = hopper.Ring(full, empty, num_stages)
         warpgroup = lax.axis_index("wg")
         own_tiles = hopper.count_own_tiles(counts[0])
@@ -205,7 +205,7 @@ def sdd(
             plgpu.wait_smem_to_gmem(0)
 
     run = hopper.persistent_kernel(
-        kernel,
+        sdd_kernel,
         out_type=jax.ShapeDtypeStruct((max_blocks, BLOCK, BLOCK), out_dtype),
         scratch_types={
             **_ring_of_tiles(num_stages, block_n, lhs.dtype, transpose_lhs, transpose_rhs),
@@ -239,7 +239,7 @@ def dsd(
     num_lines, num_panels = lines.bounds.shape[0], pl.cdiv(width, block_n)
     num_tiles = num_lines * num_panels
 
-    def kernel(values, dense, blocks, bounds, out, *, a_s, b_s, out_s, full, empty):
+    def dsd_kernel(values, dense, blocks, bounds, out, *, a_s, b_s, out_s, full, empty):
         ring = hopper.Ring(full, empty, num_stages)
         warpgroup = lax.axis_index("wg")
         own_tiles = hopper.count_own_tiles(num_tiles)
@@ -323,7 +323,7 @@ def dsd(
     shape = (num_lines * BLOCK, width)
     shape = shape[::-1] if transpose_out else shape
     run = hopper.persistent_kernel(
-        kernel,
+        dsd_kernel,
         out_type=jax.ShapeDtypeStruct((1, *shape), out_dtype),
         scratch_types={
             **_ring_of_tiles(num_stages, block_n, values.dtype, transpose_sparse, transpose_dense),

@@ -40,7 +40,7 @@ def combine(
     layout = plgpu.Layout.WG_STRIDED((columns,), vec_size=elements)
     last = rows.shape[0] - 1
 
-    def kernel(rows, index, num_rows, *refs):
+    def combine_kernel(rows, index, num_rows, *refs):
         *weight, out = refs
         i = lax.axis_index("sum")
         numbers = [index[i, k] for k in range(num_terms)]
@@ -67,7 +67,7 @@ def combine(
             out[i, chunk] = total.astype(out.dtype)
 
     return plgpu.kernel(
-        kernel,
+        combine_kernel,
         out_type=jax.ShapeDtypeStruct((num_sums, width), rows.dtype),
         grid=(num_sums,),
         grid_names=("sum",),

@@ -113,7 +113,7 @@ def grouped_matmul(
     # The four numbers of a tile lie side by side, in one sector of memory.
     tiles = jnp.stack([matrix, schedule.start, schedule.size, schedule.column_block], axis=1)
 
-    def kernel(lhs, rhs, tiles, last_tile, *refs, a_s, b_s, out_s, full, empty, arrived=None):
+    def grouped_matmul_kernel(lhs, rhs, tiles, last_tile, *refs, a_s, b_s, out_s, full, empty, arrived=None):
         *index, out = refs
         rows_of = copies(lhs, index[0], arrived, config.num_stages) if index else None
         ring = make_ring(full, empty, config.num_stages, rows_of)
@@ -235,7 +235,7 @@ def grouped_matmul(
 
     b_tile = (block_n, block_k) if transpose_rhs else (block_k, block_n)
     run = hopper.persistent_kernel(
-        kernel,
+        grouped_matmul_kernel,
         out_type=jax.ShapeDtypeStruct((1, num_rows, n), out_dtype),
         scratch_types={
             "a_s": hopper.operand_tile((config.num_stages, block_m, block_k), lhs.dtype),

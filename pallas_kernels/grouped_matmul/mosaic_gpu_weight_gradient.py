@@ -103,7 +103,9 @@ def grouped_weight_gradient(
     num_tiles = num_groups * tiles_of_group
     group_start, group_end = group_bounds(group_sizes, num_rows)
 
-    def kernel(lhs, out_grad, group_start, group_end, *refs, a_s, b_s, out_s, full, empty, cleared, arrived=None):
+    def grouped_weight_gradient_kernel(
+        lhs, out_grad, group_start, group_end, *refs, a_s, b_s, out_s, full, empty, cleared, arrived=None
+    ):
         *index, out = refs
         source = lhs if gathers_lhs else out_grad
         rows_of = copies(source, index[0], arrived, config.num_stages) if index else None
@@ -248,7 +250,7 @@ def grouped_weight_gradient(
             plgpu.wait_smem_to_gmem(0)
 
     run = hopper.persistent_kernel(
-        kernel,
+        grouped_weight_gradient_kernel,
         out_type=jax.ShapeDtypeStruct((num_groups, k, n), out_dtype),
         scratch_types={
             "a_s": hopper.operand_tile((config.num_stages, block_m, block_k), lhs.dtype),

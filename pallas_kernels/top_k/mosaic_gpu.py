@@ -40,7 +40,7 @@ def top_k(x: Float[Array, "M N"], k: int) -> tuple[Float[Array, "M k"], Int32[Ar
     rows_read = x.shape[0]
     layout = _warp_rows(columns)
 
-    def kernel(x, key_out, index_out):
+    def top_k_kernel(x, key_out, index_out):
         # The last block moves up to end with the last row, and computes some rows a second time.
         rows = pl.ds(jnp.minimum(lax.axis_index("block") * BLOCK_ROWS, rows_read - BLOCK_ROWS), BLOCK_ROWS)
         key = _key_of(plgpu.load(x.at[rows], layout=layout, optimized=False))
@@ -53,7 +53,7 @@ def top_k(x: Float[Array, "M N"], k: int) -> tuple[Float[Array, "M k"], Int32[Ar
             store_as_laid_out(index_out.at[i, rows], where)
 
     key, index = plgpu.kernel(
-        kernel,
+        top_k_kernel,
         out_type=2 * [jax.ShapeDtypeStruct((k, rows_read), jnp.int32)],
         grid=(pl.cdiv(rows_read, BLOCK_ROWS),),
         grid_names=("block",),

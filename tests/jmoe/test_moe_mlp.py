@@ -54,10 +54,12 @@ def test_float32_matches_the_formulas_forward_and_backward(
 
 
 @pytest.mark.parametrize("weight_on", ["output", "input"])
-@pytest.mark.parametrize("chosen", [[3, 0, 2], [3, 3, 3], [-1, 2, 99], [-1, -1, -1]])
-def test_a_single_tokens_output_is_the_same_with_and_without_a_backward(chosen, weight_on, make_problem):
-    problem = make_problem(1, 4, 3, activation="swiglu", bias=True, weight_on=weight_on)
-    expert_index = jnp.array([chosen])
+@pytest.mark.parametrize(
+    "chosen", [[[3, 0, 2]], [[3, 3, 3]], [[-1, 2, 99]], [[-1, -1, -1]], [[3, 0, 2], [0, -1, 3], [1, 0, 0]]], ids=str
+)
+def test_few_tokens_outputs_are_the_same_with_and_without_a_backward(chosen, weight_on, make_problem):
+    problem = make_problem(len(chosen), 4, 3, activation="swiglu", bias=True, weight_on=weight_on)
+    expert_index = jnp.array(chosen)
     present = (expert_index >= 0) & (expert_index < 4)
     arrays = problem.differentiable | {"weight": jnp.where(present, 0.3, jnp.nan)}
     problem = dataclasses.replace(problem, expert_index=expert_index)

@@ -302,7 +302,11 @@ def test_the_module_computes_in_its_dtype_and_initializes_each_expert_by_its_own
 
 @pytest.mark.parametrize(
     ("source", "target", "gradients", "calls"),
-    [("tokens", "rows", True, 4), ("rows", "assignments", True, 3), ("assignments", "tokens", False, 2)],  # 1 to combine
+    [
+        ("tokens", "rows", True, 4),
+        ("rows", "assignments", True, 3),
+        ("assignments", "tokens", False, 2),
+    ],  # 1 to combine
 )
 def test_on_a_hopper_gpu_scattered_rows_are_read_inside_the_kernels(
     source, target, gradients, calls, make_problem, lower_for_cuda
