@@ -34,7 +34,7 @@ class SharedExpert(nnx.Module):
 
 def checked_widths(hidden_features: int | Sequence[int], num_experts: int) -> int | tuple[int, ...]:
     """Returns the width of all experts, or the widths of each, or raises a ValueError where they are no such thing."""
-    if isinstance(hidden_features, int):
+    if not isinstance(hidden_features, Sequence):
         if hidden_features < 1:
             raise ValueError(f"hidden_features is {hidden_features}; it must be at least 1.")
         return hidden_features
