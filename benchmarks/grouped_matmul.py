@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.jax_matmuls import JaxMatmuls
-from benchmarks.matmuls import TOLERANCE, Candidate, Operation, Problem
+from benchmarks.matmuls import TOLERANCE, Candidate, Problem
 from benchmarks.record import (
     Record,
     Results,
@@ -95,7 +95,7 @@ def measure(candidates: Sequence[Candidate], problem: Problem, *, rounds: int, s
 
 def with_ratios(records: Sequence[Record]) -> list[Record]:
     """Adds to each timed record the time of the fastest cuBLAS of its operation, divided by its own."""
-    fastest: dict[tuple[str, Operation], float] = {}
+    fastest: dict[tuple[str, str], float] = {}
     for record in records:
         if record["implementation"] in CUBLAS and "ms_median" in record:
             key = record["configuration"], record["operation"]
@@ -161,15 +161,13 @@ class Run:
         self._console.print(f"{self.seconds:4.0f} s  {problem.name}: {len(records) - failed} timed, {failed} not")
 
 
-def show(records: Sequence[Record], title: str, console: Console) -> None:
-    """Prints a table of the records."""
+def show(records: Sequence[Record], title: str, console: Console, *, problems: Sequence[str] = tuple(PROBLEMS)) -> None:
+    """Prints a table of the records, in the order of the problems."""
     table = Table(title=title, title_justify="left", box=None)
     for name in ("", "operation", "implementation", "ms", "spread", "TFLOP/s", "ratio", "error"):
         table.add_column(name, justify="left" if name in ("", "operation", "implementation") else "right")
     last = None
-    for record in sorted(
-        records, key=lambda record: (list(PROBLEMS).index(record["configuration"]), record["operation"])
-    ):
+    for record in sorted(records, key=lambda record: (problems.index(record["configuration"]), record["operation"])):
         group = record["configuration"], record["operation"]
         if last not in (None, group):
             table.add_row()

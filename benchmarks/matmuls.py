@@ -46,14 +46,14 @@ class Candidate:
     """One way to compute one operation.
 
     Attributes:
-        operation: What it computes.
+        operation: What it computes, an `Operation` or one of another program.
         implementation: How it is called in the results.
         prepare: Compiles; returns the function to time, and facts for its record.
         relative_error: Compares a result with float32 products, on a sample.
         wait: Waits for a result.
     """
 
-    operation: Operation
+    operation: str
     implementation: str
     prepare: Callable[[], tuple[Callable[[], Any], dict[str, Any]]]
     relative_error: Callable[[Any], float]

@@ -146,7 +146,9 @@ def measure(setting: str, asked: Record, *, steps: int, seed: int) -> Record:
         model, optimizer, schedule = SETTINGS[setting](workload)
         record |= {
             "moe_implementation": model.moe_implementation,
-            "attention_implementation": attention_implementation(model),
+            "attention_implementation": attention_implementation(
+                model.attention_implementation, model.dtype, model.head_dim
+            ),
             "dtype": model.dtype,
             "param_dtype": model.param_dtype,
         }

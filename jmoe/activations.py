@@ -1,5 +1,6 @@
 """The activations of expert MLPs, plain and gated."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -21,12 +22,39 @@ _PLAIN = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Gated:
+    """A gated activation whose gate is any function: `gate(h[..., :F]) * h[..., F:]`.
+
+    Attributes:
+        gate: a function of an array, applied element by element; it may not close over traced arrays.
+
+    Source: Shazeer (GLU variants), arXiv 2002.05202.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import jmoe
+        >>> jmoe.Gated(jax.nn.sigmoid)(jnp.array([0.0, 6.0])).tolist()
+        [3.0]
+    """
+
+    gate: Callable[[Array], Array]
+
+    def __call__(self, h: Float[Array, "*batch H"]) -> Float[Array, "*batch F"]:
+        """Applies the activation to 2F pre-activations."""
+        gate, up = jnp.split(h, 2, axis=-1)
+        return self.gate(gate) * up
+
+
 def is_gated(activation: Activation) -> bool:
     """Says whether an activation takes 2F pre-activations (gate columns first) to F activations.
 
     Raises:
         ValueError: it is neither a known name nor a callable.
     """
+    if isinstance(activation, Gated):
+        return True
     if callable(activation) or activation in _PLAIN:
         return False
     if activation in _GATES:
@@ -44,8 +72,7 @@ def activate(activation: Activation, h: Float[Array, "*batch H"]) -> Float[Array
     if callable(activation):
         return activation(h)
     if is_gated(activation):
-        gate, up = jnp.split(h, 2, axis=-1)
-        return _PLAIN[_GATES[activation]](gate) * up
+        return Gated(_PLAIN[_GATES[activation]])(h)
     return _PLAIN[activation](h)
 
 
@@ -65,9 +92,10 @@ def value_and_derivative(activation: Activation) -> Callable[[Array], tuple[Arra
         ValueError: it is neither a known name nor a callable.
     """
     if callable(activation):
+        function = activation.gate if isinstance(activation, Gated) else activation
 
         def differentiate(x):
-            value, pull_back = jax.vjp(activation, x)
+            value, pull_back = jax.vjp(function, x)
             return value, *pull_back(jnp.ones_like(value))
 
         return differentiate

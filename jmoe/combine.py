@@ -27,13 +27,15 @@ def combine(
         weight: [T, K] or [R], by assignment; None for a plain sum.
         dispatch: where the rows are.
         num_tokens: T.
-        implementation: as in `moe_mlp`. Not for `Assignments`, which XLA combines.
+        implementation: that of the matmuls around. The combine's Hopper kernel takes fewer widths than theirs, so
+            "mosaic_gpu" runs it where it can run; `Assignments` are combined by XLA.
 
     Returns:
         [T, D] in the dtype of `rows`.
     """
     if dispatch.position.ndim == 1:
         return _combine_flat(rows, weight, dispatch, num_tokens).astype(rows.dtype)
+    implementation = None if implementation == "mosaic_gpu" else implementation
     return pallas_kernels.combine(
         rows, dispatch.position, weight, dispatch.group_sizes.sum(), implementation=implementation
     )

@@ -19,10 +19,11 @@ def debug_checks() -> AbstractContextManager[None]:
     instead. With the checks on, these are errors:
 
     - a router logit that is NaN (`route_top_k`; such a token's output is NaN),
-    - the routing weight of a present assignment that is not finite (`moe_mlp`; the same),
+    - the routing weight of a present assignment that is not finite (`moe_mlp`, `parallel_linear`; the same),
     - an expert index outside [0, E) other than -1, the index that marks an absent assignment
       (`make_dispatch`),
-    - a token index outside [0, T) of a present assignment (`moe_mlp`; it counts as absent).
+    - a token index outside [0, T) of a present assignment (`moe_mlp`, where it counts as absent;
+      `parallel_linear`, where its token is another).
 
     The function that is checked has to be wrapped by `jax.experimental.checkify.checkify` and called in the
     block. JAX cannot carry checks out of the `jax.shard_map` that `jmoe.MoE` enters on a mesh: run them on

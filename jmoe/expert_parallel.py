@@ -3,38 +3,94 @@
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jmoe.activations import Activation, activate, is_gated
-from jmoe.mlp import ExpertParameters, WeightOn, moe_mlp
-from jmoe.routing import Routing
-from pallas_kernels import Implementation
+from jmoe.mlp import ExpertParameters, MLPImplementation, WeightOn, moe_mlp
+from jmoe.routing import Assignments, Routing
+from jmoe.rows import accumulator_dtype
+from jmoe.sharding import as_axes, mesh_axes
+
+
+class SharedParameters(NamedTuple):
+    """The parameters of a shared expert: the MLP's, without E, and the gate's [D, 1] if it has one."""
+
+    mlp: ExpertParameters
+    gate: Float[Array, "D 1"] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardAxes:
-    """The mesh axes that a layer is sharded over inside `jax.shard_map`; all empty on one device."""
+    """The mesh axes that a layer is sharded over inside `jax.shard_map`; all empty on one device.
+
+    Attributes:
+        tokens: of the tokens.
+        experts: of the experts.
+        hidden: of the hidden widths.
+        sequence: those of `tokens` that the tokens of one sequence are spread over.
+    """
 
     tokens: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    sequence: tuple[str, ...] = ()
+
+
+def shard_axes(
+    tokens: PartitionSpec, num_experts: int, hidden_features: int | tuple[int, ...], shared_hidden_features: int
+) -> ShardAxes:
+    """Says which axes of the current mesh a layer is sharded over, for tokens sharded as given.
+
+    Raises:
+        ValueError: an axis does not divide what it shards, or splits experts of different widths.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    experts = mesh_axes("expert", mesh)
+    hidden = tuple(axis for axis in mesh_axes("expert_hidden", mesh) if axis not in experts)
+    if isinstance(hidden_features, tuple):
+        if (shards := math.prod(mesh.shape[axis] for axis in experts + hidden)) > 1:
+            raise ValueError(
+                f"the mesh splits experts and their widths into {shards}, and hidden_features differ from expert to "
+                "expert; give 'expert' and 'expert_hidden' other rules with flax.nnx.logical_axis_rules, such as None."
+            )
+        experts = hidden = ()
+        hidden_features = sum(hidden_features)
+    for argument, size, rule, axes in (
+        ("num_experts", num_experts, "expert", experts),
+        ("hidden_features", hidden_features, "expert_hidden", hidden),
+        ("shared_hidden_features", shared_hidden_features, "expert_hidden", hidden),
+    ):
+        shards = math.prod(mesh.shape[axis] for axis in axes)
+        if size % shards:
+            raise ValueError(
+                f"{argument} is {size}; it must be a multiple of {shards}, the size of the mesh axis "
+                f"{' x '.join(axes)}: make it {size + -size % shards}, or give {rule!r} another rule with "
+                "flax.nnx.logical_axis_rules."
+            )
+    of_tokens = tuple(axis for entry in tokens for axis in as_axes(entry))
+    return ShardAxes(of_tokens, experts, hidden, as_axes(tokens[-2]) if len(tokens) > 1 else ())
 
 
 def sharded_mlps(
     x: Float[Array, "T D"],
-    routing: Routing,
+    routing: Routing | Assignments,
     experts: ExpertParameters,
-    shared: ExpertParameters | None,
+    shared: SharedParameters | None,
     axes: ShardAxes,
     *,
+    shared_weight: float | None,
     activation: Activation,
     weight_on: WeightOn,
-    implementation: Implementation | None,
+    remat: bool,
+    hidden_sizes: tuple[int, ...] | None,
+    implementation: MLPImplementation | None,
 ) -> Float[Array, "T D"]:
     """Computes `moe_mlp` of this shard's tokens, plus the shared expert if there is one.
 
@@ -46,10 +102,13 @@ def sharded_mlps(
         x: [T, D], this shard's tokens.
         routing: of the same tokens, with global expert indices.
         experts: this shard's experts, at their full hidden width.
-        shared: the shared expert, the same shapes without E.
+        shared: the shared expert.
         axes: what is sharded over which mesh axes.
+        shared_weight: the share of the shared expert in a weighted sum with the others; None for a plain sum.
         activation: as in `moe_mlp`.
         weight_on: as in `moe_mlp`.
+        remat: as in `moe_mlp`, and the same for the shared expert.
+        hidden_sizes: as in `moe_mlp`; only for experts and widths that are not split.
         implementation: as in `moe_mlp`.
 
     Returns:
@@ -57,26 +116,37 @@ def sharded_mlps(
     """
     split_hidden = functools.partial(_hidden_slice, gated=is_gated(activation), axes=axes.hidden)
 
-    x, routing = _gather_tokens((x, routing), axes.hidden, axes)
-    all_x, all_routing = _gather_tokens((x, routing), axes.experts, axes)
+    x, routing = _gather_routed(x, routing, axes.hidden, axes)
+    all_x, all_routing = _gather_routed(x, routing, axes.experts, axes)
     all_y = moe_mlp(
         all_x,
-        routing=_local_experts(all_routing, experts.w_up.shape[0], axes.experts),
-        **split_hidden(experts)._asdict(),
+        routing=_local_experts(all_routing, len(hidden_sizes or experts.w_up), axes.experts),
+        **(experts if hidden_sizes else split_hidden(experts))._asdict(),
         activation=activation,
         weight_on=weight_on,
+        remat=remat,
+        hidden_sizes=hidden_sizes,
         implementation=implementation,
     )
     y = _reduce_tokens(all_y, axes.experts, axes)
     if shared is not None:
-        y += _dense_mlp(x, split_hidden(shared), activation)
+        of_shared = _dense_mlp(x, split_hidden(shared.mlp), shared.gate, activation, remat=remat)
+        y = y + of_shared if shared_weight is None else (1 - shared_weight) * y + shared_weight * of_shared
     return _reduce_tokens(y, axes.hidden, axes)
 
 
-def _gather_tokens[T](tree: T, over: tuple[str, ...], axes: ShardAxes) -> T:
+def _gather_routed[R: Routing | Assignments](
+    x: Float[Array, "T D"], routing: R, over: tuple[str, ...], axes: ShardAxes
+) -> tuple[Float[Array, "all_T D"], R]:
     """Collects the tokens that are sharded over these axes; without that, every shard has them already."""
     over = tuple(axis for axis in over if axis in axes.tokens)
-    return jax.tree.map(lambda array: lax.all_gather(array, over, axis=0, tiled=True), tree) if over else tree
+    if not over:
+        return x, routing
+    if isinstance(routing, Assignments):
+        in_range = (routing.token_index >= 0) & (routing.token_index < x.shape[0])  # of this shard, not of another
+        token_index = routing.token_index + lax.axis_index(over) * x.shape[0]
+        routing = dataclasses.replace(routing, token_index=token_index).where(in_range)
+    return jax.tree.map(lambda array: lax.all_gather(array, over, axis=0, tiled=True), (x, routing))
 
 
 def _reduce_tokens(y: Float[Array, "all_T D"], over: tuple[str, ...], axes: ShardAxes) -> Float[Array, "T D"]:
@@ -87,7 +157,7 @@ def _reduce_tokens(y: Float[Array, "all_T D"], over: tuple[str, ...], axes: Shar
     return lax.psum(y, tuple(axis for axis in over if axis not in axes.tokens))
 
 
-def _local_experts(routing: Routing, num_local: int, over: tuple[str, ...]) -> Routing:
+def _local_experts[R: Routing | Assignments](routing: R, num_local: int, over: tuple[str, ...]) -> R:
     if not over:
         return routing
     local_index = routing.expert_index - lax.axis_index(over) * num_local
@@ -117,12 +187,29 @@ def _hidden_slice(parameters: ExpertParameters, *, gated: bool, axes: tuple[str,
     )
 
 
-# As in `moe_mlp`, the backward gets x, the parameters as they came and the pre-activations, and recomputes the rest.
-@functools.partial(
-    jax.checkpoint, static_argnums=2, policy=jax.checkpoint_policies.save_only_these_names("pre_activations")
-)
-def _dense_mlp(x: Float[Array, "T D"], parameters: ExpertParameters, activation: Activation) -> Float[Array, "T D"]:
-    w_up, w_down, b_up, b_down = jax.tree.map(lambda parameter: parameter.astype(x.dtype), parameters)
-    h = checkpoint_name(x @ w_up if b_up is None else x @ w_up + b_up, "pre_activations")
-    y = activate(activation, h) @ w_down
-    return y if b_down is None else y + b_down
+def _dense_mlp(
+    x: Float[Array, "T D"],
+    parameters: ExpertParameters,
+    gate: Float[Array, "D 1"] | None,
+    activation: Activation,
+    *,
+    remat: bool,
+) -> Float[Array, "T D"]:
+    """Computes one MLP for all tokens, times `sigmoid(x @ gate)` if there is a gate."""
+
+    def apply(x, parameters, gate):
+        w_up, w_down, b_up, b_down = jax.tree.map(lambda parameter: parameter.astype(x.dtype), parameters)
+        h = checkpoint_name(x @ w_up if b_up is None else x @ w_up + b_up, "pre_activations")
+        a = activate(activation, h)
+        if gate is None:
+            return a @ w_down if b_down is None else a @ w_down + b_down
+        dtype = accumulator_dtype(x)
+        openness = jax.nn.sigmoid(x.astype(dtype) @ gate.astype(dtype)).astype(x.dtype)  # [T, 1]
+        # Of the activations, since that of the output would need the output in the backward.
+        y = (openness * a) @ w_down
+        return y if b_down is None else y + openness * b_down
+
+    # As in `moe_mlp`, the backward gets x, the parameters as they came and the pre-activations, and recomputes the
+    # rest.
+    policy = None if remat else jax.checkpoint_policies.save_only_these_names("pre_activations")
+    return jax.checkpoint(apply, policy=policy)(x, parameters, gate)

@@ -1,8 +1,8 @@
 """The MoE layer for Flax Linen: the NNX layer behind Flax's own bridge, with the same parameters and numbers.
 
 `jmoe.linen.MoE` takes the arguments of `jmoe.MoE` but `rngs`, and a `name`; it returns a Linen module that is
-called with `(x, *, mask=None)`. Parameters keep their names (`router/kernel`, `w_up`, ...) and carry their
-logical axes as `nn.LogicallyPartitioned`, Linen's own box for them (`nn.unbox` takes it off).
+called with `(x, *, mask=None, **router_inputs)`. Parameters keep their names (`router/kernel`, `w_up`, ...) and
+carry their logical axes as `nn.LogicallyPartitioned`, Linen's own box for them (`nn.unbox` takes it off).
 
 Example:
     >>> import jax, jax.numpy as jnp
@@ -15,16 +15,33 @@ Example:
     ((3, 16), ['router', 'w_down', 'w_up'])
 """
 
-import functools
+from typing import Any
 
 from flax import linen as nn
 from flax import nnx
 
 from jmoe import moe
+from jmoe.routers import Route, Router
 
 
-def _logically_partitioned(parameter: nnx.Variable) -> nn.LogicallyPartitioned:
-    return nn.LogicallyPartitioned(parameter[...], parameter.get_metadata("out_sharding"))
+def MoE(  # noqa: N802 (it stands for a class)
+    *arguments: Any, router: Router | Route | None = None, name: str | None = None, **options: Any
+) -> nn.Module:
+    """Makes the Linen module; the arguments are those of `jmoe.MoE` but `rngs`.
+
+    A router that is a module is copied, so `init` gives the values that its variables have. Variables other than
+    parameters lie in collections of their own, named after their class, such as "SelectionBias".
+    """
+    return nnx.bridge.to_linen(
+        _create, *arguments, router=router, name=name, metadata_fn=_logically_partitioned, **options
+    )
 
 
-MoE = functools.partial(nnx.bridge.to_linen, moe.MoE, metadata_fn=_logically_partitioned)
+def _create(*arguments: Any, router: Router | Route | None, **options: Any) -> moe.MoE:
+    # Flax creates the layer for each call, and puts the caller's variables into it.
+    return moe.MoE(*arguments, router=nnx.clone(router) if isinstance(router, Router) else router, **options)
+
+
+def _logically_partitioned(variable: nnx.Variable) -> Any:
+    axes = variable.get_metadata().get("out_sharding")
+    return variable[...] if axes is None else nn.LogicallyPartitioned(variable[...], axes)

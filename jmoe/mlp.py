@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -9,11 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jmoe.activations import Activation, activate, is_gated, value_and_derivative
+from jmoe import block_sparse
+from jmoe.activations import Activation, activate, value_and_derivative
+from jmoe.arguments import check_mlp, check_mlp_side_by_side
 from jmoe.combine import combine, group_sum
 from jmoe.debug import check
-from jmoe.dispatch import Dispatch, check_routing, dispatch_unsorted, make_dispatch
+from jmoe.dispatch import Dispatch, dispatch_unsorted, make_dispatch
 from jmoe.routing import Assignments, Routing, is_present
+from jmoe.rows import accumulator, accumulator_dtype, of_expert, take_rows, weighted
 from pallas_kernels import (
     Implementation,
     activation_gradient,
@@ -22,19 +26,22 @@ from pallas_kernels import (
 )
 
 WeightOn = Literal["output", "input"]
+MLPImplementation = Implementation | Literal["block_sparse"]
 
 
 def moe_mlp(
     x: Float[Array, "T D"],
-    w_up: Float[Array, "E D H"],
-    w_down: Float[Array, "E F D"],
+    w_up: Float[Array, "E D H"] | Float[Array, "D H"],
+    w_down: Float[Array, "E F D"] | Float[Array, "F D"],
     routing: Routing | Assignments,
     *,
     activation: Activation = "swiglu",
-    b_up: Float[Array, "E H"] | None = None,
+    b_up: Float[Array, "E H"] | Float[Array, " H"] | None = None,
     b_down: Float[Array, "E D"] | None = None,
     weight_on: WeightOn = "output",
-    implementation: Implementation | None = None,
+    remat: bool = False,
+    hidden_sizes: Sequence[int] | None = None,
+    implementation: MLPImplementation | None = None,
 ) -> Float[Array, "T D"]:
     """Computes the weighted sum of each token's expert MLPs; no token is dropped, whatever the routing.
 
@@ -54,11 +61,19 @@ def moe_mlp(
         routing: the experts of each token. A token with no present assignment gets zeros.
         activation: gated "swiglu", "geglu", "reglu"; plain "gelu", "relu", "relu_squared", "silu", or any
             function of an array, applied element by element (a plain one; it may not close over traced
-            arrays).
+            arrays); gated with any function as gate: `jmoe.Gated`.
         b_up: [E, 2F] or [E, F], added before the activation.
         b_down: [E, D], added to the expert's output, so that it is weighted too.
         weight_on: what the routing weight multiplies, the expert's "output" or its "input" (Llama 4).
-        implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`.
+        remat: whether the backward computes the pre-activations again instead of keeping them; then only x is
+            kept, for one more product.
+        hidden_sizes: F of each expert, static, where experts have different ones. The arrays then have their
+            columns, or rows, side by side: w_up [D, sum of 2F_e] (an expert's gate columns, then its up columns) or
+            [D, sum of F_e], w_down [sum of F_e, D], b_up as w_up without D.
+        implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`; or "block_sparse", which pads
+            each expert's rows to blocks and multiplies block-sparse matrices as MegaBlocks does (arXiv 2211.15841,
+            section 5). Only that can have `hidden_sizes`, and they mean it. All F are then multiples of 64, better of
+            128; weights [E, D, H] are copied to [D, E*H], and such with `hidden_sizes` are not.
 
     Returns:
         [T, D] in x's dtype.
@@ -75,33 +90,52 @@ def moe_mlp(
         [[10.0, 10.0], [5.0, 5.0], [0.0, 0.0]]
     """
     parameters = ExpertParameters(w_up, w_down, b_up, b_down)
-    _check_arguments(x, parameters, routing, activation, weight_on)
+    if hidden_sizes is None:
+        check_mlp(x, parameters, routing, activation, weight_on)
+        num_experts, hidden, _ = w_down.shape
+        hidden_sizes = (hidden,) * num_experts
+    else:
+        hidden_sizes, num_experts = tuple(hidden_sizes), len(hidden_sizes)
+        if implementation not in (None, "block_sparse"):
+            raise ValueError(
+                f'implementation is {implementation!r} and there are hidden_sizes; it must be "block_sparse" or None.'
+            )
+        implementation = "block_sparse"
+        check_mlp_side_by_side(x, parameters, routing, activation, weight_on, hidden_sizes)
     if isinstance(routing, Assignments):
         in_range = (routing.token_index >= 0) & (routing.token_index < x.shape[0])
-        present = is_present(routing.expert_index, w_up.shape[0])
+        present = is_present(routing.expert_index, num_experts)
         check(in_range | ~present, "token_index of a present assignment is outside [0, T)")
         routing = routing.where(in_range)
     check(
-        jnp.isfinite(routing.weight) | ~is_present(routing.expert_index, w_up.shape[0]),
+        jnp.isfinite(routing.weight) | ~is_present(routing.expert_index, num_experts),
         "the routing weight of a present assignment is not finite",
     )
-    options = _Options(activation, weight_on, implementation)
+    if implementation == "block_sparse":
+        block_sparse.check_hidden_sizes(hidden_sizes)
+        if not x.size or not routing.expert_index.size:
+            return jnp.zeros_like(x)
+        options = block_sparse.Options(activation, weight_on, remat, hidden_sizes)
+        return block_sparse.block_sparse_mlp(
+            options, x, parameters, routing.weight, make_dispatch(routing, num_experts)
+        )
+    options = _Options(activation, weight_on, remat, implementation)
     unsorted = None
     if isinstance(routing, Routing) and 0 < routing.expert_index.size <= _MOST_UNSORTED:
         # Read again for each token that shares an expert with one before it, on average.
         num_tokens, k = routing.expert_index.shape
-        bytes_of_expert = (w_up.nbytes + w_down.nbytes) // w_up.shape[0]
-        if num_tokens * (num_tokens - 1) // 2 * k**2 * bytes_of_expert <= w_up.shape[0] * _BYTES_OF_SORT:
-            unsorted = dispatch_unsorted(routing, w_up.shape[0])
-    return _moe_mlp(options, x, parameters, routing.weight, make_dispatch(routing, w_up.shape[0]), unsorted)
+        bytes_of_expert = (w_up.nbytes + w_down.nbytes) // num_experts
+        if num_tokens * (num_tokens - 1) // 2 * k**2 * bytes_of_expert <= num_experts * _BYTES_OF_SORT:
+            unsorted = dispatch_unsorted(routing, num_experts)
+    return _moe_mlp(options, x, parameters, routing.weight, make_dispatch(routing, num_experts), unsorted)
 
 
 class ExpertParameters(NamedTuple):
     """The parameters of E expert MLPs, in the shapes of `moe_mlp`."""
 
-    w_up: Float[Array, "E D H"]
-    w_down: Float[Array, "E F D"]
-    b_up: Float[Array, "E H"] | None = None
+    w_up: Float[Array, "E D H"] | Float[Array, "D H"]
+    w_down: Float[Array, "E F D"] | Float[Array, "F D"]
+    b_up: Float[Array, "E H"] | Float[Array, " H"] | None = None
     b_down: Float[Array, "E D"] | None = None
 
 
@@ -113,6 +147,7 @@ _BYTES_OF_SORT = 24_000_000  # what an H100 reads while it sorts few assignments
 class _Options:
     activation: Activation
     weight_on: WeightOn
+    remat: bool
     implementation: Implementation | None
 
 
@@ -136,7 +171,7 @@ def _forward(options, x, parameters, weight, dispatch, unsorted):
     if parameters.b_up is None and parameters.b_down is None:
         dispatch = dataclasses.replace(dispatch, expert_index=None)  # which only the biases' gradients read
     # The parameters as they came: a copy in the compute dtype would live until the backward.
-    return y, (x, parameters, weight, dispatch, h)
+    return y, (x, parameters, weight, dispatch, None if options.remat else h)
 
 
 # This and the backward are compiled functions of their own, so that layers of the same shapes are traced and lowered
@@ -147,9 +182,10 @@ def _outputs(options, x, parameters, weight, dispatch):
     # Where layers are scanned, XLA would run the matmul twice: once to write to the stack of all layers' h, and
     # once for the activation.
     h = lax.optimization_barrier(_up(options, x, parameters, weight, dispatch))
-    a = activate(options.activation, _accumulator(h)).astype(x.dtype)  # [R, F]
+    a = activate(options.activation, accumulator(h)).astype(x.dtype)  # [R, F]
     y_rows = _down(options, a, parameters, dispatch)  # [R, D]
-    return _combine(options, y_rows, weight if options.weight_on == "output" else None, dispatch, x), h
+    weight = weight if options.weight_on == "output" else None
+    return combine(y_rows, weight, dispatch, x.shape[0], options.implementation), h
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -163,23 +199,25 @@ def _backward(options, residuals, dy):
     (token_index, position), are_cast, dy = lax.optimization_barrier((row_maps, are_cast, dy))
     dispatch = dataclasses.replace(dispatch, token_index=token_index, position=position)
     parameters = ExpertParameters._make(p if c is None else c for p, c in zip(parameters, are_cast, strict=True))
+    if h is None:
+        h = _up(options, x, parameters, weight, dispatch)  # [R, H]
     # [R, H], [R, F], [R]
     dh, a, dweight = _down_input_gradient(options, dy, h, parameters, weight, dispatch)
     dw_down = _weight_gradient(options, a, dy, parameters.w_down, dispatch, out_grad_index=token_index)  # [E, F, D]
     db_down = None
     if parameters.b_down is not None:
-        dy_rows = _accumulator(_gather(dy, dispatch))
-        dv_rows = _scale(dy_rows, weight, dispatch) if options.weight_on == "output" else dy_rows
+        dy_rows = accumulator(take_rows(dy, dispatch.token_index))
+        dv_rows = weighted(dy_rows, weight, dispatch) if options.weight_on == "output" else dy_rows
         db_down = _bias_gradient(dv_rows, parameters.b_down, dispatch)  # [E, D]
 
     dx_rows = _matmul(options, dh, parameters.w_up, dispatch, transpose_rhs=True)  # [R, D]
     db_up = _bias_gradient(dh, parameters.b_up, dispatch)  # [E, H]
     if options.weight_on == "input":
-        dweight = jnp.sum(_accumulator(_gather(x, dispatch)) * _accumulator(dx_rows), axis=1)
-        dx = _combine(options, dx_rows, weight, dispatch, x)
-        dh = _scale(dh, weight, dispatch)
+        dweight = jnp.sum(accumulator(take_rows(x, dispatch.token_index)) * accumulator(dx_rows), axis=1)
+        dx = combine(dx_rows, weight, dispatch, x.shape[0], options.implementation)
+        dh = weighted(dh, weight, dispatch)
     else:
-        dx = _combine(options, dx_rows, None, dispatch, x)
+        dx = combine(dx_rows, None, dispatch, x.shape[0], options.implementation)
     dw_up = _weight_gradient(options, x, dh, parameters.w_up, dispatch, lhs_index=token_index)  # [E, D, H]
 
     parameter_gradients = ExpertParameters(dw_up, dw_down, db_up, db_down)
@@ -192,13 +230,13 @@ _moe_mlp.defvjp(_forward, _backward)
 def _up(options, x, parameters, weight, dispatch):
     """Computes the pre-activations, one row for each assignment."""
     exact = options.weight_on == "input" or parameters.b_up is not None
-    dtype = _accumulator_dtype(x) if exact else x.dtype
+    dtype = accumulator_dtype(x) if exact else x.dtype
     h = _matmul(options, x, parameters.w_up, dispatch, lhs_index=dispatch.token_index, dtype=dtype)
     if options.weight_on == "input":
         # After the matmul, where the product is still in float32: (w x) W = w (x W).
-        h = _scale(h, weight, dispatch)
+        h = weighted(h, weight, dispatch)
     if parameters.b_up is not None:
-        h += _of_rows(parameters.b_up, dispatch)
+        h += of_expert(parameters.b_up, dispatch)
     return h.astype(x.dtype)
 
 
@@ -206,8 +244,8 @@ def _down(options, a, parameters, dispatch):
     """Computes the experts' outputs, one row for each assignment."""
     if parameters.b_down is None:
         return _matmul(options, a, parameters.w_down, dispatch)
-    y_rows = _matmul(options, a, parameters.w_down, dispatch, dtype=_accumulator_dtype(a))
-    return (y_rows + _of_rows(parameters.b_down, dispatch)).astype(a.dtype)
+    y_rows = _matmul(options, a, parameters.w_down, dispatch, dtype=accumulator_dtype(a))
+    return (y_rows + of_expert(parameters.b_down, dispatch)).astype(a.dtype)
 
 
 def _down_input_gradient(options, dy, h, parameters, weight, dispatch):
@@ -226,8 +264,8 @@ def _down_input_gradient(options, dy, h, parameters, weight, dispatch):
         implementation="xla" if callable(options.activation) else options.implementation,
     )
     if dweight is not None and parameters.b_down is not None:
-        dy_rows = _accumulator(_gather(dy, dispatch))
-        dweight += jnp.sum(dy_rows * _of_rows(parameters.b_down, dispatch), axis=1)
+        dy_rows = accumulator(take_rows(dy, dispatch.token_index))
+        dweight += jnp.sum(dy_rows * of_expert(parameters.b_down, dispatch), axis=1)
     return dh, a, dweight
 
 
@@ -258,60 +296,3 @@ def _weight_gradient(options, rows, out_grad, weights, dispatch, *, lhs_index=No
         out_grad_index=out_grad_index,
         implementation=options.implementation,
     )
-
-
-def _combine(options, rows, weight, dispatch, x):
-    # Its Hopper kernel takes fewer widths than those of the matmuls; without it a layer runs all the same.
-    implementation = None if options.implementation == "mosaic_gpu" else options.implementation
-    return combine(rows, weight, dispatch, x.shape[0], implementation)
-
-
-def _gather(tokens, dispatch):
-    """Reads the token of each row, for a sum that XLA computes along with it. Absent rows read some token or other."""
-    return tokens.at[dispatch.token_index].get(mode="clip")
-
-
-def _of_rows(per_expert, dispatch):
-    return _accumulator(per_expert).at[dispatch.expert_index].get(mode="clip")
-
-
-def _scale(rows, weight, dispatch):
-    return (dispatch.to_rows(weight)[:, None] * _accumulator(rows)).astype(rows.dtype)
-
-
-def _accumulator_dtype(array):
-    return jnp.promote_types(array.dtype, jnp.float32)
-
-
-def _accumulator(array):
-    return array.astype(_accumulator_dtype(array))
-
-
-def _check_arguments(x, parameters, routing, activation, weight_on):
-    if weight_on not in ("output", "input"):
-        raise ValueError(f"weight_on is {weight_on!r}; it must be 'output' or 'input'.")
-    gated = is_gated(activation)
-    check_routing(routing)
-    _check_array("x", x, ("T", "D"), {})
-    num_tokens, features = x.shape
-    if isinstance(routing, Routing) and routing.expert_index.shape[0] != num_tokens:
-        raise ValueError(
-            f"routing is for {routing.expert_index.shape[0]} tokens and x has {num_tokens}; they must agree."
-        )
-    _check_array("w_down", parameters.w_down, ("E", "F", "D"), {"D": features})
-    num_experts, hidden, _ = parameters.w_down.shape
-    width = "2F" if gated else "F"
-    sizes = {"E": num_experts, "D": features, "F": hidden, "2F": 2 * hidden}
-    remedy = f" ({activation} is gated: gate columns first, then as many up columns)" if gated else ""
-    _check_array("w_up", parameters.w_up, ("E", "D", width), sizes, remedy)
-    if parameters.b_up is not None:
-        _check_array("b_up", parameters.b_up, ("E", width), sizes, remedy)
-    if parameters.b_down is not None:
-        _check_array("b_down", parameters.b_down, ("E", "D"), sizes)
-
-
-def _check_array(name, array, layout, sizes, remedy=""):
-    fits = array.ndim == len(layout) and all(sizes.get(d, s) == s for d, s in zip(layout, array.shape, strict=True))
-    if not fits or not jnp.issubdtype(array.dtype, jnp.floating):
-        expected = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in layout)
-        raise ValueError(f"{name} is {array.dtype}{list(array.shape)}; it must be floating-point [{expected}]{remedy}.")

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple, no_type_check
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,40 +12,32 @@ from flax import nnx
 from flax.typing import Initializer
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jmoe.activations import Activation
+from jmoe.capacity import expert_capacity, limited_by_factor
 from jmoe.debug import refuse_mesh
-from jmoe.expert_parallel import ShardAxes, sharded_mlps
-from jmoe.losses import expert_load, load_balancing_loss, router_z_loss
-from jmoe.mlp import WeightOn
-from jmoe.parameters import SharedExpert, create_mlp_parameters, mlp_parameters
-from jmoe.routing import Routing, Score, ScoreOrder, is_present, route_top_k
-from jmoe.sharding import as_axes, mesh_axes, partitioned, reshard, shardable_axes, token_spec
-from pallas_kernels import Implementation
+from jmoe.expert_parallel import ShardAxes, shard_axes, sharded_mlps
+from jmoe.mlp import MLPImplementation, WeightOn
+from jmoe.moe_aux import MoEAux, moe_aux
+from jmoe.parameters import (
+    checked_widths,
+    create_mlp_parameters,
+    create_shared_expert,
+    mlp_parameters,
+    shared_parameters,
+)
+from jmoe.routers.create import create_router
+from jmoe.routers.router import Route, Router, with_inputs
+from jmoe.routers.zero_experts import split_zero_experts
+from jmoe.routing import Assignments, Routing, Score, ScoreOrder
+from jmoe.sharding import partitioned, reshard, shardable_axes, token_spec
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
 
-
-@no_type_check  # JAX also builds pytrees of other shapes and of things that are no arrays
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MoEAux:
-    """What an MoE layer tells about its routing, over all tokens that the mask leaves.
-
-    Attributes:
-        load_balancing_loss: f32[], 1 at perfect balance (`jmoe.load_balancing_loss`).
-        router_z_loss: f32[] (`jmoe.router_z_loss`).
-        expert_load: f32[E], each expert's share of the assignments; sums to 1.
-        dropped_fraction: f32[], the share of the tokens' K assignments that no expert got; 0 in a dropless
-            layer.
-    """
-
-    load_balancing_loss: Float[Array, ""]
-    router_z_loss: Float[Array, ""]
-    expert_load: Float[Array, " E"]
-    dropped_fraction: Float[Array, ""]
+LoadBalancing = Literal["layer", "sequence"]
+SharedCombine = Literal["sum", "weighted_sum", "sigmoid_gate"]
 
 
 class MoE(nnx.Module):
@@ -52,8 +45,9 @@ class MoE(nnx.Module):
 
     `y = sum_k w_k * MLP_{e_k}(x)`, with experts and weights from a linear router (`jmoe.route_top_k`).
     Parameters are `router.kernel` [D, E], `w_up` [E, D, 2F] (gated, gate columns first; [E, D, F] plain),
-    `w_down` [E, F, D] and, with `use_bias`, `b_up` and `b_down`; `shared` holds those of the shared expert,
-    without E. They carry the logical axis names of `jmoe.LOGICAL_AXIS_RULES`, and need no mesh.
+    `w_down` [E, F, D] (side by side where widths differ) and, with `use_bias`, `b_up` and `b_down`; `shared` holds
+    those of the shared expert, without E, and `bias` [D] is that of the output. They carry the logical axis names
+    of `jmoe.LOGICAL_AXIS_RULES`, and need no mesh.
 
     On a mesh (`jax.set_mesh`) the experts are computed where they are stored: tokens are all-gathered over
     the expert axis and the outputs reduced back. Axes of the mesh may be Auto or Explicit. Inside a
@@ -61,20 +55,37 @@ class MoE(nnx.Module):
 
     Args:
         features: D, the width of the input and the output.
-        hidden_features: F, the hidden width of one expert.
+        hidden_features: F, the hidden width of one expert; or a sequence of E widths, for experts of different ones,
+            as the `hidden_sizes` of `jmoe.moe_mlp`. These are not split over mesh axes.
         num_experts: E.
-        top_k: K, the experts of each token.
+        top_k: K, the experts of each token; not with `router`.
         activation: as in `jmoe.moe_mlp`.
         score: as in `jmoe.route_top_k`.
         score_order: as in `jmoe.route_top_k`.
         normalize: as in `jmoe.route_top_k`.
         scale: as in `jmoe.route_top_k`.
+        router: what routes instead of `jmoe.route_top_k`. Either a function of the logits, such as a
+            `functools.partial` of one in `jmoe.routers`, or a `jmoe.routers.Router`. K, `score` and the other
+            options of routing are then the router's own.
+        num_identity_experts: experts besides the E that return their input, and cost nothing. The router has a logit
+            for each, after those of the E.
+        num_zero_experts: experts that return nothing, after these.
+        load_balancing: what `aux.load_balancing_loss` is over: all tokens of the "layer", or those of each "sequence"
+            (the last but one axis of x) by itself.
         weight_on: as in `jmoe.moe_mlp`.
         router_jitter: where `rngs` are passed to a call, the router's input is multiplied with noise, uniform
             in `1 +- router_jitter` (Switch Transformer, arXiv 2101.03961, section 2.4).
-        shared_hidden_features: the hidden width of an expert that every token goes through besides, with
-            weight 1; 0 for none.
+        capacity_factor: c, if each expert is to take no more than `ceil(c * T * K / E)` assignments of the T
+            tokens of a call (of all shards; masked tokens count in T). The rest is dropped as `jmoe.limit_to_capacity`
+            says, and a token that no expert takes gets zeros. None or 0: dropless. With a `router`, here and in
+            `shared_combine`, K is how many assignments it has room for, divided by T.
+        shared_hidden_features: the hidden width of an expert that every token goes through besides; 0 for none.
+        shared_combine: what is done with the shared expert's output s and the sum y of the others: "sum", `y + s`;
+            "weighted_sum", `(K * y + s) / (K + 1)` (MegaBlocks' `shared_expert_weighted_sum`); "sigmoid_gate",
+            `y + sigmoid(x @ shared.gate) * s` (Qwen2-MoE), with `shared.gate` [D, 1].
         use_bias: whether the experts have biases; the router has none.
+        use_output_bias: whether the layer has a bias, `bias` [D], added once to each token's output.
+        remat: as in `jmoe.moe_mlp`, and the same for the shared expert.
         dtype: the dtype of the experts' computation and of the output; by default the promoted dtype of the
             input and the experts' parameters. The router computes in float32 (float64 for float64) in any
             case.
@@ -82,11 +93,12 @@ class MoE(nnx.Module):
         kernel_init: initializer of every matrix. It sees one expert's [D, 2F] or [F, D] at a time, so that
             fans are counted per expert.
         bias_init: initializer of the biases.
-        implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`.
+        implementation: as in `jmoe.moe_mlp`.
         rngs: random keys for the parameters (stream "params").
 
     Raises:
-        ValueError: a size is not positive, `top_k` is more than `num_experts`, or a name is unknown.
+        ValueError: a size is not positive, `top_k` is more than the experts, a name is unknown, options of
+            `jmoe.route_top_k` are given beside a router, or `router` is a module of another kind.
 
     Example:
         >>> import jax.numpy as jnp
@@ -101,36 +113,59 @@ class MoE(nnx.Module):
     def __init__(
         self,
         features: int,
-        hidden_features: int,
+        hidden_features: int | Sequence[int],
         num_experts: int,
-        top_k: int,
+        top_k: int | None = None,
         *,
         activation: Activation = "swiglu",
         score: Score = "softmax",
         score_order: ScoreOrder = "before_top_k",
-        normalize: bool = True,
+        normalize: bool | float = True,
         scale: float = 1.0,
+        router: Router | Route | None = None,
+        num_identity_experts: int = 0,
+        num_zero_experts: int = 0,
+        load_balancing: LoadBalancing = "layer",
         weight_on: WeightOn = "output",
         router_jitter: float = 0.0,
+        capacity_factor: float | None = None,
         shared_hidden_features: int = 0,
+        shared_combine: SharedCombine = "sum",
         use_bias: bool = False,
+        use_output_bias: bool = False,
+        remat: bool = False,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         kernel_init: Initializer = _KERNEL_INIT,
         bias_init: Initializer = _BIAS_INIT,
-        implementation: Implementation | None = None,
+        implementation: MLPImplementation | None = None,
         rngs: nnx.Rngs,
     ):
-        sizes = {"features": features, "hidden_features": hidden_features, "num_experts": num_experts}
+        sizes = {"features": features, "num_experts": num_experts}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be at least 1.")
-        if shared_hidden_features < 0:
-            raise ValueError(f"shared_hidden_features is {shared_hidden_features}; it must be 0 (none) or more.")
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k is {top_k}; it must be between 1 and num_experts, {num_experts}.")
+        counts = {
+            "shared_hidden_features": shared_hidden_features,
+            "num_identity_experts": num_identity_experts,
+            "num_zero_experts": num_zero_experts,
+        }
+        for name, count in counts.items():
+            if count < 0:
+                raise ValueError(f"{name} is {count}; it must be 0 (none) or more.")
+        if load_balancing not in ("layer", "sequence"):
+            raise ValueError(f"load_balancing is {load_balancing!r}; it must be 'layer' or 'sequence'.")
+        if shared_combine not in get_args(SharedCombine):
+            names = ", ".join(map(repr, get_args(SharedCombine)))
+            raise ValueError(f"shared_combine is {shared_combine!r}; it must be one of {names}.")
+        if shared_combine != "sum" and not shared_hidden_features:
+            raise ValueError(
+                f"shared_combine is {shared_combine!r} without a shared expert; set shared_hidden_features."
+            )
+        if capacity_factor:
+            expert_capacity(capacity_factor, 1, num_experts)  # raises if it is none
         self.features = features
-        self.hidden_features = hidden_features
+        self.hidden_features = checked_widths(hidden_features, num_experts)
         self.num_experts = num_experts
         self.top_k = top_k
         self.activation: Activation = activation
@@ -138,36 +173,43 @@ class MoE(nnx.Module):
         self.score_order: ScoreOrder = score_order
         self.normalize = normalize
         self.scale = scale
+        self.num_identity_experts = num_identity_experts
+        self.num_zero_experts = num_zero_experts
+        self.load_balancing: LoadBalancing = load_balancing
         self.weight_on: WeightOn = weight_on
         self.router_jitter = router_jitter
+        self.capacity_factor = capacity_factor
         self.shared_hidden_features = shared_hidden_features
+        self.shared_combine: SharedCombine = shared_combine
         self.use_bias = use_bias
+        self.use_output_bias = use_output_bias
+        self.remat = remat
         self.dtype = dtype
         self.param_dtype = param_dtype
-        self.implementation: Implementation | None = implementation
+        self.implementation: MLPImplementation | None = implementation
 
-        self.router = nnx.Linear(
+        initialization = {"param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
+        self.router: Any = create_router(  # a `Router`, whose variables are read by their names
+            router,
             features,
-            num_experts,
-            use_bias=False,
-            param_dtype=param_dtype,
-            kernel_init=partitioned(kernel_init, ("embed", None)),
-            rngs=rngs,
+            self._num_logits,
+            top_k=top_k,
+            score=score,
+            score_order=score_order,
+            normalize=normalize,
+            scale=scale,
+            **initialization,
         )
-        create = functools.partial(
-            create_mlp_parameters,
-            features,
-            activation=activation,
-            use_bias=use_bias,
-            param_dtype=param_dtype,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
-            rngs=rngs,
-        )
-        experts = create(hidden_features, "expert_hidden", num_experts=num_experts)
+        mlp = {"activation": activation, "use_bias": use_bias, "bias_init": bias_init, **initialization}
+        experts = create_mlp_parameters(features, self.hidden_features, "expert_hidden", num_experts=num_experts, **mlp)
         self.w_up, self.w_down, self.b_up, self.b_down = experts
-        shared = SharedExpert(*create(shared_hidden_features, "mlp")) if shared_hidden_features else None
+        shared = None
+        if shared_hidden_features:
+            has_gate = shared_combine == "sigmoid_gate"
+            shared = create_shared_expert(features, shared_hidden_features, has_gate=has_gate, **mlp)
         self.shared = nnx.data(shared)
+        bias = partitioned(bias_init, ("embed",))
+        self.bias = nnx.Param(bias(rngs.params(), (features,), param_dtype)) if use_output_bias else None
 
     def __call__(
         self,
@@ -175,6 +217,7 @@ class MoE(nnx.Module):
         *,
         mask: Bool[Array, "*batch"] | None = None,
         rngs: nnx.Rngs | None = None,
+        **router_inputs: Shaped[Array, "..."],
     ) -> tuple[Float[Array, "*batch D"], MoEAux]:
         """Applies the layer to each token.
 
@@ -182,7 +225,10 @@ class MoE(nnx.Module):
             x: [..., D].
             mask: bool[...], false for tokens that are not there, such as padding: they are not routed, give
                 zeros, get no gradient and enter no statistic, whatever x holds there.
-            rngs: random keys for the router's noise (stream "router"); without them there is none.
+            rngs: random keys for the router's noise (stream "router"): `router_jitter`, and what the router itself
+                draws; without them there is none.
+            **router_inputs: what the router takes of each token besides x, by name: [..., *], such as the
+                `token_ids` of `jmoe.routers.HashRouter`.
 
         Returns:
             y: [..., D].
@@ -190,19 +236,21 @@ class MoE(nnx.Module):
                 objective.
 
         Raises:
-            ValueError: the shape or dtype of x or mask does not fit, or the mesh does not divide the experts.
+            ValueError: the shape or dtype of x or mask does not fit, the router takes other inputs or gives other
+                logits, or the mesh does not divide the experts.
         """
-        self._check_input(x, mask)
+        self._check_input(x, mask, router_inputs)
         router_x = None
         if self.router_jitter and rngs is not None:
             dtype = jnp.promote_types(x.dtype, jnp.float32)
             noise = jax.random.uniform(rngs.router(), x.shape, dtype, -self.router_jitter, self.router_jitter)
             router_x = x * (1 + noise)
-        inputs = _Inputs(x, router_x, mask)
+        inputs = _Inputs(x, router_x, mask, router_inputs, None if rngs is None else rngs.router())
         parameters = _Parameters(
-            self.router.kernel[...],
+            nnx.state(self.router),
             mlp_parameters(self),
-            None if self.shared is None else mlp_parameters(self.shared),
+            None if self.shared is None else shared_parameters(self.shared),
+            None if self.bias is None else self.bias[...],
         )
         axis_names = shardable_axes(jax.sharding.get_abstract_mesh())
         if not axis_names:
@@ -210,11 +258,12 @@ class MoE(nnx.Module):
 
         refuse_mesh()
         tokens = token_spec(x)
-        axes = self._shard_axes(tokens)
+        axes = shard_axes(tokens, self.num_experts, self.hidden_features, self.shared_hidden_features)
         replicated = PartitionSpec()
+        of_tokens = PartitionSpec(*tokens[:-1])
         in_specs = (
-            _Inputs(tokens, tokens, PartitionSpec(*tokens[:-1])),
-            _Parameters(replicated, PartitionSpec(axes.experts), replicated),
+            _Inputs(tokens, tokens, of_tokens, of_tokens, replicated),
+            _Parameters(replicated, PartitionSpec(axes.experts), replicated, replicated),
         )
         # Kernels and loops do not say which mesh axes their results vary over, so that is not checked.
         apply = jax.shard_map(
@@ -239,20 +288,19 @@ class MoE(nnx.Module):
             mask = inputs.mask.reshape(num_tokens)
             x, router_x = jnp.where(mask[:, None], x, 0), jnp.where(mask[:, None], router_x, 0)
 
-        logits = _router_logits(router_x, parameters.router_kernel)  # [T, E]
-        routing = route_top_k(
-            logits,
-            self.top_k,
-            score=self.score,
-            score_order=self.score_order,
-            normalize=self.normalize,
-            scale=self.scale,
-        )
-        if mask is not None:
-            routing = routing.masked(mask)
-        aux = self._aux(logits, routing, mask, axes)
+        routing, aux = self._route(router_x, mask, inputs, parameters, axes)
+        identity_weight = None
+        if self._num_logits > self.num_experts:
+            num_identity = self.num_identity_experts
+            routing, identity_weight = split_zero_experts(routing, self.num_experts, num_tokens, num_identity)
+        if self.capacity_factor:
+            routing, dropped = limited_by_factor(routing, self.num_experts, self.capacity_factor, axes.tokens)
+            aux = dataclasses.replace(aux, dropped_fraction=dropped)
 
-        arrays = [p for p in (*parameters.experts, *(parameters.shared or ())) if p is not None]
+        shared_weight = None
+        if self.shared_combine == "weighted_sum":
+            shared_weight = 1 / (routing.expert_index.size / max(num_tokens, 1) + 1)
+        arrays = jax.tree.leaves((parameters.experts, parameters.shared, parameters.bias))
         x = x.astype(jnp.result_type(x, *arrays) if self.dtype is None else self.dtype)
         y = sharded_mlps(
             x,
@@ -260,49 +308,53 @@ class MoE(nnx.Module):
             parameters.experts,
             parameters.shared,
             axes,
+            shared_weight=shared_weight,
             activation=self.activation,
             weight_on=self.weight_on,
+            remat=self.remat,
+            hidden_sizes=self.hidden_features if isinstance(self.hidden_features, tuple) else None,
             implementation=self.implementation,
         )  # [T, D]
-        if mask is not None and parameters.shared is not None:
+        if identity_weight is not None:
+            if shared_weight is not None:
+                identity_weight *= 1 - shared_weight
+            y += (identity_weight[:, None] * x).astype(y.dtype)
+        if parameters.bias is not None:
+            y += parameters.bias.astype(y.dtype)
+        if mask is not None and (parameters.shared is not None or parameters.bias is not None):
             y = jnp.where(mask[:, None], y, 0)
         return y.reshape(*batch_shape, self.features), aux
 
-    def _aux(
-        self, logits: Float[Array, "T E"], routing: Routing, mask: Bool[Array, " T"] | None, axes: ShardAxes
-    ) -> MoEAux:
-        # The loss needs scores that sum to 1 (for sigmoids: DeepSeek-V3, arXiv 2412.19437, equation 19).
-        scores = jax.nn.softmax(logits if self.score == "softmax" else jax.nn.log_sigmoid(logits))
-        num_tokens = jnp.asarray(logits.shape[0]) if mask is None else mask.sum()
-        num_present = is_present(routing.expert_index, self.num_experts).sum()
-        wanted, present = lax.psum((num_tokens * self.top_k, num_present), axes.tokens)
-        return MoEAux(
-            load_balancing_loss=load_balancing_loss(scores, routing, mask=mask, axis_name=axes.tokens),
-            router_z_loss=router_z_loss(logits, mask=mask, axis_name=axes.tokens),
-            expert_load=expert_load(routing, self.num_experts, axis_name=axes.tokens),
-            dropped_fraction=(wanted - present) / jnp.maximum(wanted, 1).astype(jnp.float32),
-        )
+    def _route(
+        self,
+        x: Float[Array, "T D"],
+        mask: Bool[Array, " T"] | None,
+        inputs: "_Inputs",
+        parameters: "_Parameters",
+        axes: ShardAxes,
+    ) -> tuple[Routing | Assignments, MoEAux]:
+        """Routes the tokens of one shard, and computes losses and statistics over those of all."""
+        batch_shape, num_tokens = inputs.x.shape[:-1], x.shape[0]
+        flat = {
+            name: array.reshape(num_tokens, *array.shape[len(batch_shape) :]) for name, array in inputs.router.items()
+        }
+        key = inputs.key
+        if key is not None and axes.tokens:
+            key = jax.random.fold_in(key, lax.axis_index(axes.tokens))
+        router = nnx.merge(nnx.graphdef(self.router), parameters.router)
+        routing, logits = with_inputs(router, x, {**flat, "mask": mask, "key": key})
+        if mask is not None:
+            routing = routing.masked(mask)
 
-    def _shard_axes(self, tokens: PartitionSpec) -> ShardAxes:
-        """Says which axes of the current mesh the layer is sharded over, for tokens sharded as given."""
-        mesh = jax.sharding.get_abstract_mesh()
-        experts = mesh_axes("expert", mesh)
-        hidden = tuple(axis for axis in mesh_axes("expert_hidden", mesh) if axis not in experts)
-        for argument, rule, axes in (
-            ("num_experts", "expert", experts),
-            ("hidden_features", "expert_hidden", hidden),
-            ("shared_hidden_features", "expert_hidden", hidden),
-        ):
-            size, shards = getattr(self, argument), math.prod(mesh.shape[axis] for axis in axes)
-            if size % shards:
-                raise ValueError(
-                    f"{argument} is {size}; it must be a multiple of {shards}, the size of the mesh axis "
-                    f"{' x '.join(axes)}: make it {size + -size % shards}, or give {rule!r} another rule with "
-                    "flax.nnx.logical_axis_rules."
-                )
-        return ShardAxes(tuple(axis for entry in tokens for axis in as_axes(entry)), experts, hidden)
+        num_sequences = math.prod(batch_shape[:-1]) if self.load_balancing == "sequence" else None
+        sizes = num_tokens, self._num_logits
+        return routing, moe_aux(router, routing, logits, *sizes, axes, mask=mask, num_sequences=num_sequences)
 
-    def _check_input(self, x: Array, mask: Array | None) -> None:
+    @property
+    def _num_logits(self) -> int:
+        return self.num_experts + self.num_identity_experts + self.num_zero_experts
+
+    def _check_input(self, x: Array, mask: Array | None, router_inputs: dict[str, Array]) -> None:
         if not x.ndim or x.shape[-1] != self.features or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"x is {x.dtype}{list(x.shape)}; it must be a floating-point array [..., D={self.features}]."
@@ -311,6 +363,13 @@ class MoE(nnx.Module):
             raise ValueError(
                 f"mask is {mask.dtype}{list(mask.shape)}; it must be bool{list(x.shape[:-1])}: one for each token of x."
             )
+        if "key" in router_inputs:
+            raise ValueError("key is given; random keys for the router come from rngs=flax.nnx.Rngs(...).")
+        for name, array in router_inputs.items():
+            if array.shape[: x.ndim - 1] != x.shape[:-1]:
+                raise ValueError(
+                    f"{name} is {list(array.shape)}; it must be {[*x.shape[:-1], '...']}: of each token of x."
+                )
 
 
 class _Inputs(NamedTuple):
@@ -319,17 +378,14 @@ class _Inputs(NamedTuple):
     x: Any
     router_x: Any
     mask: Any
+    router: Any
+    key: Any
 
 
 class _Parameters(NamedTuple):
     """The layer's parameters as arrays; or, of each, the partition spec."""
 
-    router_kernel: Any
+    router: Any
     experts: Any
     shared: Any
-
-
-@jax.checkpoint  # or a float32 copy of x would be kept for the backward
-def _router_logits(x: Float[Array, "T D"], kernel: Float[Array, "D E"]) -> Float[Array, "T E"]:
-    dtype = jnp.promote_types(jnp.result_type(x, kernel), jnp.float32)
-    return jnp.dot(x.astype(dtype), kernel.astype(dtype), precision="highest")
+    bias: Any

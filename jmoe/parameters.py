@@ -1,12 +1,16 @@
 """The parameters of expert MLPs as Flax variables."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Initializer
 
 from jmoe.activations import Activation, is_gated
+from jmoe.block_sparse import check_hidden_sizes
+from jmoe.expert_parallel import SharedParameters
 from jmoe.mlp import ExpertParameters
 from jmoe.sharding import partitioned
 
@@ -21,15 +25,32 @@ class MLPVariables(NamedTuple):
 
 
 class SharedExpert(nnx.Module):
-    """The variables of the MLP that every token goes through besides its routed experts."""
+    """The variables of the MLP that every token goes through besides its routed experts, and of its gate [D, 1]."""
 
-    def __init__(self, w_up: nnx.Param, w_down: nnx.Param, b_up: nnx.Param | None, b_down: nnx.Param | None):
-        self.w_up, self.w_down, self.b_up, self.b_down = w_up, w_down, b_up, b_down
+    def __init__(self, mlp: MLPVariables, gate: nnx.Param | None):
+        self.w_up, self.w_down, self.b_up, self.b_down = mlp
+        self.gate = gate
+
+
+def checked_widths(hidden_features: int | Sequence[int], num_experts: int) -> int | tuple[int, ...]:
+    """Returns the width of all experts, or the widths of each, or raises a ValueError where they are no such thing."""
+    if not isinstance(hidden_features, Sequence):
+        if hidden_features < 1:
+            raise ValueError(f"hidden_features is {hidden_features}; it must be at least 1.")
+        return hidden_features
+    hidden_features = tuple(hidden_features)
+    check_hidden_sizes(hidden_features)
+    if len(hidden_features) != num_experts:
+        raise ValueError(
+            f"hidden_features has {len(hidden_features)} widths; it must have one for each of the {num_experts} "
+            "experts, or be one for all."
+        )
+    return hidden_features
 
 
 def create_mlp_parameters(
     features: int,
-    hidden_features: int,
+    hidden_features: int | tuple[int, ...],
     hidden_axis: str,
     *,
     num_experts: int | None = None,
@@ -40,12 +61,33 @@ def create_mlp_parameters(
     bias_init: Initializer,
     rngs: nnx.Rngs,
 ) -> MLPVariables:
-    """Creates the variables of `num_experts` MLPs, or of one without that axis, with their logical axes."""
-    width = (2 if is_gated(activation) else 1) * hidden_features
+    """Creates the variables of `num_experts` MLPs, or of one without that axis, with their logical axes.
+
+    MLPs of different widths lie side by side, as `jmoe.moe_mlp` takes them, and are not split over a mesh.
+    """
+    parts = 2 if is_gated(activation) else 1
+    if isinstance(hidden_features, tuple):
+
+        def create_side_by_side(initializer: Initializer, shapes: list[tuple[int, ...]], axis: int) -> nnx.Param:
+            axes = tuple("embed" if i != axis and len(shapes[0]) > 1 else None for i in range(len(shapes[0])))
+            initializer, shape = _side_by_side(initializer, shapes, axis)
+            return nnx.Param(partitioned(initializer, axes)(rngs.params(), shape, param_dtype))
+
+        up, down = (
+            [(features, parts * size) for size in hidden_features],
+            [(size, features) for size in hidden_features],
+        )
+        return MLPVariables(
+            w_up=create_side_by_side(kernel_init, up, 1),
+            w_down=create_side_by_side(kernel_init, down, 0),
+            b_up=create_side_by_side(bias_init, [shape[1:] for shape in up], 0) if use_bias else None,
+            b_down=create_side_by_side(bias_init, [(1, features)] * len(hidden_features), 0) if use_bias else None,
+        )
+    width = parts * hidden_features
 
     def create(initializer: Initializer, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         if num_experts is not None:
-            initializer = _per_expert(initializer)
+            initializer = per_expert(initializer)
             shape, axes = (num_experts, *shape), ("expert", *axes)
         return nnx.Param(partitioned(initializer, axes)(rngs.params(), shape, param_dtype))
 
@@ -57,13 +99,46 @@ def create_mlp_parameters(
     )
 
 
-def _per_expert(initializer: Initializer) -> Initializer:
+def create_shared_expert(
+    features: int,
+    hidden_features: int,
+    *,
+    has_gate: bool,
+    param_dtype: jax.typing.DTypeLike,
+    kernel_init: Initializer,
+    rngs: nnx.Rngs,
+    **options: Any,
+) -> SharedExpert:
+    """Creates the variables of a shared expert; the options are those of `create_mlp_parameters`."""
+    initialization = {"param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
+    mlp, gate = create_mlp_parameters(features, hidden_features, "mlp", **initialization, **options), None
+    if has_gate:
+        gate = nnx.Param(partitioned(kernel_init, ("embed", None))(rngs.params(), (features, 1), param_dtype))
+    return SharedExpert(mlp, gate)
+
+
+def per_expert(initializer: Initializer) -> Initializer:
     """Initializes each expert as a matrix of its own, so that E does not count as fan-in."""
 
     def initialize(key, shape, dtype):
         return jax.vmap(lambda key: initializer(key, shape[1:], dtype))(jax.random.split(key, shape[0]))
 
     return initialize
+
+
+def _side_by_side(
+    initializer: Initializer, shapes: list[tuple[int, ...]], axis: int
+) -> tuple[Initializer, tuple[int, ...]]:
+    """Initializes each expert as an array of its own, and joins them; returns the shape of all too."""
+
+    def initialize(key, shape, dtype):
+        del shape
+        keys = jax.random.split(key, len(shapes))
+        return jnp.concatenate([initializer(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)], axis)
+
+    whole = list(shapes[0])
+    whole[axis] = sum(shape[axis] for shape in shapes)
+    return initialize, tuple(whole)
 
 
 @runtime_checkable
@@ -84,3 +159,8 @@ def mlp_parameters(module: HasMLPVariables) -> ExpertParameters:
         None if module.b_up is None else module.b_up[...],
         None if module.b_down is None else module.b_down[...],
     )
+
+
+def shared_parameters(shared: SharedExpert) -> SharedParameters:
+    """Reads the parameters of a shared expert as arrays."""
+    return SharedParameters(mlp_parameters(shared), None if shared.gate is None else shared.gate[...])

@@ -1,7 +1,8 @@
 """Routing: which experts each token goes to, and with what weight."""
 
 import dataclasses
-from typing import Literal, Self, no_type_check
+import math
+from typing import Literal, Self, get_args, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from pallas_kernels import top_k
 ABSENT = -1
 """The expert index that marks an absent assignment; any other index outside [0, E) has the same effect."""
 
-Score = Literal["softmax", "sigmoid"]
+Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 ScoreOrder = Literal["before_top_k", "after_top_k"]
 
 
@@ -83,13 +84,14 @@ def route_top_k(
     *,
     score: Score = "softmax",
     score_order: ScoreOrder = "before_top_k",
-    normalize: bool = True,
+    normalize: bool | float = True,
     scale: float = 1.0,
+    mask: Bool[Array, " T"] | None = None,
 ) -> Routing:
     """Routes each token to the k experts with its largest logits.
 
     `weight = scale * s_i / sum_{j in top k} s_j`, or `scale * s_i` with `normalize=False`, where s is the
-    score of the logits. Both scores grow with the logit, so experts are chosen by logit; of equal ones the
+    score of the logits. All scores grow with the logit, so experts are chosen by logit; of equal ones the
     lower index is chosen first, as by `jax.lax.top_k`. Computed in float32 (float64 for float64 logits).
 
     A NaN logit counts as the largest. The token is then routed to valid experts with NaN weights: its own
@@ -98,20 +100,24 @@ def route_top_k(
     Args:
         logits: [T, E], the router's output, of any floating-point dtype.
         k: experts per token, between 1 and E.
-        score: "softmax" over the experts, or "sigmoid" of each logit (DeepSeek-V3, arXiv 2412.19437, section
-            2.1.2; Llama 4).
+        score: "softmax" over the experts, "sigmoid" of each logit (DeepSeek-V3, arXiv 2412.19437, section
+            2.1.2; Llama 4), or "sqrt_softplus", `sqrt(log(1 + exp(logit)))` (`scoring_func="sqrtsoftplus"` of
+            DeepSeek-V4).
         score_order: whether the softmax is over all E logits ("before_top_k") or over the k chosen ones
-            ("after_top_k": Mixtral, arXiv 2401.04088, section 2.1). The same for a sigmoid, and the same for
-            a softmax that is normalised.
-        normalize: whether a token's k weights are divided by their sum.
+            ("after_top_k": Mixtral, arXiv 2401.04088, section 2.1). The same for the other scores, and the
+            same for a softmax that is normalised.
+        normalize: whether a token's k weights are divided by their sum; or the p of a p-norm that they are divided
+            by, `(sum_j s_j^p)^(1/p)`, as MegaBlocks' `moe_normalize_expert_weights`: more than 0, `math.inf` for
+            the largest.
         scale: a factor on all weights, after the normalisation (`routed_scaling_factor` of DeepSeek-V3).
+        mask: bool[T], false for tokens whose assignments are to be absent, such as padding.
 
     Returns:
         A `Routing` with `expert_index` int32[T, k], in descending order of the logits, and `weight`
         float32[T, k].
 
     Raises:
-        ValueError: k, `score` or `score_order` is not one of the values above, or `logits` is not a
+        ValueError: k, `score`, `score_order` or `normalize` is not one of the values above, or `logits` is not a
             floating-point matrix.
 
     Example:
@@ -121,37 +127,87 @@ def route_top_k(
         >>> routing.expert_index.tolist(), routing.weight.tolist()
         ([[1, 2]], [[0.5, 0.5]])
     """
+    logits = checked_logits(logits)
+    check_top_k(k, logits.shape[1])
+    chosen, expert_index = top_k(logits, k)
+    weight = weight_chosen(logits, chosen, score=score, score_order=score_order, normalize=normalize, scale=scale)
+    routing = Routing(expert_index, weight)
+    return routing if mask is None else routing.masked(mask)
+
+
+def checked_logits(logits: Float[Array, "..."]) -> Float[Array, "T E"]:
+    """Returns logits [T, E] in float32 (float64 for float64), or raises a ValueError where they are no such thing."""
     if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(
             f"logits is {logits.dtype}{list(logits.shape)}; it must be floating-point [T, E]: flatten the "
             "axes before the last one."
         )
-    num_experts = logits.shape[1]
-    if not 1 <= k <= num_experts:
-        raise ValueError(f"k is {k}; it must be between 1 and the number of experts, {num_experts}.")
-    if score not in ("softmax", "sigmoid"):
-        raise ValueError(f"score is {score!r}; it must be 'softmax' or 'sigmoid'.")
-    if score_order not in ("before_top_k", "after_top_k"):
-        raise ValueError(f"score_order is {score_order!r}; it must be 'before_top_k' or 'after_top_k'.")
-
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     nan = jnp.isnan(logits).any(axis=1)
     check(~nan, f"logits hold NaN for {{nan}} of {nan.size} tokens", nan=nan.sum())
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
-    chosen, expert_index = top_k(logits, k)
+
+def check_top_k(k: int, num_experts: int) -> None:
+    """Raises a ValueError where k is no number of experts."""
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k is {k}; it must be between 1 and the number of experts, {num_experts}.")
+
+
+def weight_chosen(
+    logits: Float[Array, "T E"],
+    chosen: Float[Array, "T K"],
+    *,
+    score: Score,
+    score_order: ScoreOrder = "before_top_k",
+    normalize: bool | float,
+    scale: float,
+) -> Float[Array, "T K"]:
+    """Computes the weights of chosen experts from all logits and theirs, as `route_top_k` says."""
+    if score_order not in ("before_top_k", "after_top_k"):
+        raise ValueError(f"score_order is {score_order!r}; it must be 'before_top_k' or 'after_top_k'.")
+    if not isinstance(normalize, bool) and not normalize > 0:
+        raise ValueError(f"normalize is {normalize}; it must be True, False or the p of a p-norm, more than 0.")
     # In the logarithm nothing underflows, so that weights sum to 1 even where every score of a token is tiny.
-    if score == "sigmoid":
-        log_score = jax.nn.log_sigmoid(chosen)
-    elif normalize:
+    if score != "softmax":
+        log_weight = log_score(chosen, score)
+    elif normalize is not False:
         # A softmax over all experts would only subtract what the normalisation adds again, and keep [T, E] for the
         # backward.
-        log_score = chosen
+        log_weight = chosen
     else:
         over = logits if score_order == "before_top_k" else chosen
-        log_score = chosen - jax.nn.logsumexp(over, axis=1, keepdims=True)
-    weight = _softmax(log_score) if normalize else jnp.exp(log_score)
+        log_weight = chosen - jax.nn.logsumexp(over, axis=1, keepdims=True)
+    if normalize is False:
+        weight = jnp.exp(log_weight)
+    elif normalize == 1:
+        weight = _softmax(log_weight)
+    else:
+        weight = jnp.exp(log_weight - _log_norm(log_weight, normalize))
     is_one = isinstance(scale, int | float) and scale == 1  # a traced scale is not compared
-    return Routing(expert_index, weight if is_one else scale * weight)
+    return weight if is_one else scale * weight
+
+
+def log_score(logits: Float[Array, "T N"], score: Score) -> Float[Array, "T N"]:
+    """Computes the logarithm of the scores, for a softmax over the last axis."""
+    match score:
+        case "softmax":
+            return jax.nn.log_softmax(logits)
+        case "sigmoid":
+            return jax.nn.log_sigmoid(logits)
+        case "sqrt_softplus":
+            # softplus(z) = exp(z) to the last bit long before it underflows.
+            is_small = logits < -40
+            log_softplus = jnp.log(jax.nn.softplus(jnp.where(is_small, 0, logits)))
+            return jnp.where(is_small, logits, log_softplus) / 2
+    *names, last = map(repr, get_args(Score))
+    raise ValueError(f"score is {score!r}; it must be {', '.join(names)} or {last}.")
+
+
+def _log_norm(log_weight: Float[Array, "T K"], p: float) -> Float[Array, "T 1"]:
+    """Computes the logarithm of the p-norm of each token's weights."""
+    if p == math.inf:
+        return log_weight.max(axis=1, keepdims=True)
+    return jax.nn.logsumexp(p * log_weight, axis=1, keepdims=True) / p
 
 
 @jax.custom_jvp

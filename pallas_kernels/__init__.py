@@ -3,6 +3,7 @@
 Nothing here knows of tokens, routers or meshes.
 """
 
+from pallas_kernels import block_sparse
 from pallas_kernels.activation_gradient import activation_gradient
 from pallas_kernels.combine import combine
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
@@ -14,6 +15,7 @@ __all__ = [
     "BlockSchedule",
     "Implementation",
     "activation_gradient",
+    "block_sparse",
     "combine",
     "grouped_matmul",
     "grouped_weight_gradient",

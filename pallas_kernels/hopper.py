@@ -199,10 +199,10 @@ class FinishedTile:
         """
 
         def store_piece(piece):
-            @pl.when(self.pending & self._has_columns(piece, out))
+            @pl.when(self.pending & self._is_stored(piece, out))
             def store():
-                buffer, columns = self._stage(piece, buffers)
-                plgpu.copy_smem_to_gmem(buffer, out.at[self.matrix, pl.ds(self.row, WARPGROUP_ROWS), columns])
+                buffer = self._stage(piece, buffers)
+                plgpu.copy_smem_to_gmem(buffer, self._destination(piece, out))
 
         return [functools.partial(store_piece, piece) for piece in range(self._num_pieces)]
 
@@ -215,9 +215,9 @@ class FinishedTile:
         """Stores rows `begin : end` of the tile at once, if there are any."""
         for piece in range(self._num_pieces):
 
-            @pl.when((end > begin) & self._has_columns(piece, out))
+            @pl.when((end > begin) & self._is_stored(piece, out))
             def store(piece=piece):
-                buffer, columns = self._stage(piece, buffers)
+                buffer, columns = self._stage(piece, buffers), self._columns(piece)
                 # A TMA copy has a static height, so a part of the tile leaves as copies of 2^i rows for the ones
                 # among the binary digits of its height.
                 done = begin
@@ -236,20 +236,33 @@ class FinishedTile:
     def _num_pieces(self) -> int:
         return self.values.shape[1] // swizzled_columns(self.values.dtype)
 
-    def _has_columns(self, piece: int, out: Ref) -> Array | bool:
+    def _is_stored(self, piece: int, out: Ref) -> Array | bool:
         """Says whether a piece lies inside the matrix. A copy may reach over its edge, but not lie beyond."""
         num_columns = out.shape[2]
         if num_columns % self.values.shape[1] == 0:
             return True
         return self.column + piece * swizzled_columns(self.values.dtype) < num_columns
 
-    def _stage(self, piece: int, buffers: Ref) -> tuple[Ref, Any]:
-        """Writes a piece to shared memory; returns where it is, and the columns that it belongs to."""
+    def _destination(self, piece: int, out: Ref) -> Ref:
+        """The place of a whole piece in the result."""
+        return out.at[self.matrix, pl.ds(self.row, WARPGROUP_ROWS), self._columns(piece)]
+
+    def _columns(self, piece: int) -> Any:
+        """The columns that a piece belongs to."""
+        width = swizzled_columns(self.values.dtype)
+        return pl.ds(pl.multiple_of(self.column + piece * width, width), width)
+
+    def _stage(self, piece: int, buffers: Ref) -> Ref:
+        """Writes a piece to shared memory; returns where it is."""
         buffer, width = buffers.at[piece % 2], swizzled_columns(self.values.dtype)
         plgpu.wait_smem_to_gmem(1 if piece else 0, wait_read_only=True)
-        buffer[...] = self.values[:, piece * width : (piece + 1) * width]
+        self._write(self.values[:, piece * width : (piece + 1) * width], buffer)
         plgpu.commit_smem()
-        return buffer, pl.ds(pl.multiple_of(self.column + piece * width, width), width)
+        return buffer
+
+    def _write(self, values: Array, buffer: Ref) -> None:
+        """Writes values as they are to lie in global memory."""
+        buffer[...] = values
 
 
 def why_unsupported(

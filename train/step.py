@@ -22,8 +22,9 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: Updates done so far.
-        params: Master weights: nested dicts of arrays in the model's `param_dtype`.
-        opt_state: State of the Optax transformation.
+        params: All variables of the model, as nested dicts of arrays: master weights in its `param_dtype`, and the
+            selection biases of its routers if they have any.
+        opt_state: State of the Optax transformation, which knows of the weights only.
     """
 
     step: Int32[Array, ""]
@@ -32,8 +33,8 @@ class TrainState(NamedTuple):
 
 
 def init_params(config: TransformerConfig, seed: int) -> Params:
-    """Draws the parameters of a model."""
-    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(seed)), nnx.Param))
+    """Draws the parameters of a model; selection biases are 0."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(seed))))
 
 
 def init_state(config: TransformerConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -45,12 +46,29 @@ def init_state(config: TransformerConfig, optimizer: optax.GradientTransformatio
         seed: Seed of the parameters.
     """
     params = init_params(config, seed)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    weights, _ = _weights_and_biases(graph_of(config), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(weights))
 
 
 def graph_of(config: TransformerConfig) -> nnx.GraphDef[Transformer]:
     """The model without its parameters: `nnx.merge` puts the two together."""
     return nnx.graphdef(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+
+
+def _weights_and_biases(graph: nnx.GraphDef[Transformer], params: Params) -> tuple[Params, Params]:
+    """Tells what the optimizer updates from what it must not touch."""
+    _, weights, biases = nnx.split(nnx.merge(graph, params), nnx.Param, ...)
+    return nnx.to_pure_dict(weights), nnx.to_pure_dict(biases)
+
+
+def _with_updated_biases(
+    graph: nnx.GraphDef[Transformer], weights: Params, biases: Params, expert_load: Float[Array, "L E"]
+) -> Params:
+    """Puts weights and biases together again, and moves the biases, if there are any, by the load of the step."""
+    model = nnx.merge(graph, weights, biases)
+    if biases:
+        model.update_biases(expert_load)
+    return nnx.to_pure_dict(nnx.state(model))
 
 
 def shapes_of[T](make: Callable[[], T]) -> T:
@@ -72,7 +90,7 @@ def make_train_step(
     of the targets, so the sum of their gradients is that of the whole batch whatever is padded. A scan inside
     the step, rather than `optax.MultiSteps`, keeps a step one update: the accumulator is no part of the
     state, every checkpoint falls between two updates, and the weights by targets are known before the first
-    part.
+    part. Selection biases move last, by the load of the whole batch.
 
     Args:
         graph: The model without its parameters.
@@ -87,8 +105,8 @@ def make_train_step(
         `learning_rate`.
     """
 
-    def objective(params: Params, part: DeviceBatch, num_targets: Array) -> tuple[Array, Metrics]:
-        loss, aux = language_model_loss(nnx.merge(graph, params), **part)
+    def objective(weights: Params, biases: Params, part: DeviceBatch, num_targets: Array) -> tuple[Array, Metrics]:
+        loss, aux = language_model_loss(nnx.merge(graph, weights, biases), **part)
         metrics = {
             "loss": loss,
             "cross_entropy": aux.cross_entropy,
@@ -104,19 +122,22 @@ def make_train_step(
         num_targets = batch["mask"].sum()
         parts = jax.tree.map(lambda a: a.reshape(accumulation_steps, -1, *a.shape[1:]), batch)
         differentiate = jax.grad(objective, has_aux=True)
+        weights, biases = _weights_and_biases(graph, state.params)
 
         def add_part(sums, part):
-            return jax.tree.map(jnp.add, sums, differentiate(state.params, part, num_targets)), None
+            return jax.tree.map(jnp.add, sums, differentiate(weights, biases, part, num_targets)), None
 
         first = jax.tree.map(lambda a: a[0], parts)
         zeros = jax.tree.map(
             lambda a: jnp.zeros(a.shape, a.dtype),
-            jax.eval_shape(differentiate, state.params, first, num_targets),
+            jax.eval_shape(differentiate, weights, biases, first, num_targets),
         )
         (gradients, metrics), _ = jax.lax.scan(add_part, zeros, parts)
 
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, weights)
+        weights = optax.apply_updates(weights, updates)
+        params = _with_updated_biases(graph, weights, biases, metrics["expert_load"])
         metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)

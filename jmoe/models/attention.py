@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jmoe.models.config import TransformerConfig
+from jmoe.models.config import AttentionImplementation, TransformerConfig
 from jmoe.models.layers import Projection, RMSNorm, recompute
 
 
@@ -108,16 +108,35 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
 
-        if cache is not None:
-            cache = cache.write(positions, key, value)
-        if cache is not None and S == 1:
-            # The scores of a single query are small: XLA everywhere.
-            y = jax.nn.dot_product_attention(
-                query, cache.key, cache.value, key_value_seq_lengths=positions[:, 0] + 1, implementation="xla"
-            )
-        else:
-            y = causal_attention(query, key, value, segment_ids, attention_implementation(self.config))
+        implementation = attention_implementation(self.config.attention_implementation, self.config.dtype, h)
+        y, cache = cached_attention(query, key, value, positions, segment_ids, cache, implementation)
         return self.out(y.reshape(B, S, -1)), cache  # [B, S, D]
+
+
+def cached_attention(
+    query: Float[Array, "B S N h"],
+    key: Float[Array, "B S Nkv h"],
+    value: Float[Array, "B S Nkv h"],
+    positions: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"] | None,
+    cache: KVCache | None,
+    implementation: Literal["cudnn", "xla"],
+) -> tuple[Float[Array, "B S N h"], KVCache | None]:
+    """Computes `causal_attention`, or with a cache and S = 1 that of one token to all that the cache holds.
+
+    Returns:
+        The heads' outputs, and the cache with these keys and values written to it (None without a cache).
+    """
+    if cache is not None:
+        cache = cache.write(positions, key, value)
+    if cache is not None and query.shape[1] == 1:
+        # The scores of a single query are small: XLA everywhere.
+        y = jax.nn.dot_product_attention(
+            query, cache.key, cache.value, key_value_seq_lengths=positions[:, 0] + 1, implementation="xla"
+        )
+    else:
+        y = causal_attention(query, key, value, segment_ids, implementation)
+    return y, cache
 
 
 def causal_attention(
@@ -139,19 +158,22 @@ def causal_attention(
     return attend(query, key, value) if implementation == "cudnn" else recompute(attend, query, key, value)
 
 
-def attention_implementation(config: TransformerConfig) -> Literal["cudnn", "xla"]:
+def attention_implementation(
+    asked: AttentionImplementation, dtype: jax.typing.DTypeLike, head_dim: int
+) -> Literal["cudnn", "xla"]:
     """Picks cuDNN's flash attention where it can run, XLA (which materialises the scores) elsewhere.
 
     Raises:
-        ValueError: If the configuration asks for cuDNN and it cannot run here.
+        ValueError: If cuDNN is asked for and cannot run here.
     """
+    dtype = jnp.dtype(dtype)
     obstacles = {
         "the default backend is not an NVIDIA GPU": not _on_nvidia_gpu(),
-        f"dtype is {config.dtype}, not bfloat16 or float16": config.dtype == "float32",
-        f"head_dim is {config.head_dim}, not a multiple of 8 up to 128": config.head_dim % 8 or config.head_dim > 128,
+        f"dtype is {dtype}, not bfloat16 or float16": dtype not in (jnp.bfloat16, jnp.float16),
+        f"head_dim is {head_dim}, not a multiple of 8 up to 128": head_dim % 8 or head_dim > 128,
     }
     reasons = [reason for reason, holds in obstacles.items() if holds]
-    match config.attention_implementation:
+    match asked:
         case "cudnn" if reasons:
             raise ValueError(f"attention_implementation='cudnn' cannot run: {'; '.join(reasons)}. Use 'auto' or 'xla'.")
         case "xla":

@@ -13,6 +13,7 @@ Remat = Literal["none", "dots", "full"]
 AttentionImplementation = Literal["auto", "cudnn", "xla"]
 MoEImplementation = Literal["auto"] | Implementation
 LayerKind = Literal["dense", "moe"]
+LoadBalancing = Literal["layer", "sequence", "model"]
 
 
 class LayerGroup(NamedTuple):
@@ -49,6 +50,8 @@ class TransformerConfig:
         hidden_dim: Hidden width of a dense layer's MLP; needed only where the pattern has dense layers.
         first_dense_layers: Number of dense layers before the pattern of MoE layers starts.
         moe_every: One MoE layer in every so many layers.
+        capacity_factor: c, if each expert is to take at most `ceil(c * T * K / E)` assignments of a batch's T tokens
+            and the rest is to be dropped; 0 drops none.
         activation: Of all MLPs: gated ("swiglu", "geglu", "reglu") or plain ("gelu", "relu", "relu_squared",
             "silu").
         qk_norm: RMSNorm of queries and keys before RoPE: "none", over each "head" (Qwen3), or over the "full"
@@ -57,10 +60,15 @@ class TransformerConfig:
         norm_eps: Added to the mean square in every RMSNorm.
         tie_embeddings: Whether the output projection is the input embedding.
         max_sequence_length: Longest sequence the model accepts, in tokens.
-        router_score: How router logits become scores: "softmax" or "sigmoid".
+        router_score: How router logits become scores: "softmax", "sigmoid" or "sqrt_softplus".
         router_score_order: Whether scores are taken "before_top_k" or "after_top_k".
         router_normalize: Whether a token's K routing weights are divided by their sum.
         router_scale: Factor on the routing weights.
+        router_bias_update_rate: What a training step moves an expert's selection bias by, which makes up for its
+            load (DeepSeek-V3, where it is 0.001); 0 for routers without such biases. It is
+            `Transformer.update_biases` that moves them.
+        load_balancing: What is to be balanced by itself: the tokens of each "layer", of each "sequence" of each
+            layer, or of all layers of the "model" together.
         load_balancing_coef: Weight of the load-balancing loss, which is 1 at perfect balance.
         router_z_coef: Weight of the router z-loss.
         dtype: Compute dtype. Norms, softmax, router and losses stay in float32 whatever it is.
@@ -97,6 +105,7 @@ class TransformerConfig:
     hidden_dim: int = 0
     first_dense_layers: int = 0
     moe_every: int = 1
+    capacity_factor: float = 0.0
     activation: GatedActivation | PlainActivation = "swiglu"
     qk_norm: QKNorm = "none"
     rope_theta: float = 10_000.0
@@ -107,6 +116,8 @@ class TransformerConfig:
     router_score_order: ScoreOrder = "before_top_k"
     router_normalize: bool = True
     router_scale: float = 1.0
+    router_bias_update_rate: float = 0.0
+    load_balancing: LoadBalancing = "layer"
     load_balancing_coef: float = 0.01
     router_z_coef: float = 0.001
     dtype: DType = "bfloat16"
@@ -122,12 +133,17 @@ class TransformerConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in _COUNTS_FROM_ZERO:
+        for name in _FROM_ZERO:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in _COUNTS_FROM_ONE:
+        for name in _FROM_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.router_bias_update_rate and self.router_score_order != "before_top_k":
+            raise ValueError(
+                "router_score_order must be before_top_k with a router_bias_update_rate, got "
+                f"{self.router_score_order!r} and {self.router_bias_update_rate}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
@@ -224,20 +240,23 @@ _CHOICES = {
     "qk_norm": get_args(QKNorm),
     "router_score": get_args(Score),
     "router_score_order": get_args(ScoreOrder),
+    "load_balancing": get_args(LoadBalancing),
     "dtype": get_args(DType),
     "param_dtype": get_args(DType),
     "remat": get_args(Remat),
     "attention_implementation": get_args(AttentionImplementation),
     "moe_implementation": ("auto", *get_args(Implementation)),
 }
-_COUNTS_FROM_ZERO = (
+_FROM_ZERO = (
     "num_experts",
     "expert_hidden_dim",
     "shared_hidden_dim",
     "hidden_dim",
     "first_dense_layers",
+    "router_bias_update_rate",
+    "capacity_factor",
 )
-_COUNTS_FROM_ONE = (
+_FROM_ONE = (
     "vocab_size",
     "num_layers",
     "embed_dim",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jmoe.losses import pooled_balancing_loss
 from jmoe.models.mesh import with_auto_axes
 from jmoe.models.transformer import Transformer
 from jmoe.models.vocabulary import mean_cross_entropy
@@ -22,7 +23,8 @@ class LossAux:
     Attributes:
         cross_entropy: Mean over the counted targets, in nats.
         num_targets: Number of counted targets.
-        load_balancing_loss: Mean over the MoE layers; 1 at perfect balance.
+        load_balancing_loss: Mean over the MoE layers, unless `config.load_balancing` pools them; 1 at perfect
+            balance.
         router_z_loss: Mean over the MoE layers.
         expert_load: Share of the assignments that each expert of each MoE layer got.
         dropped_fraction: Share of the assignments that were dropped, mean over the MoE layers.
@@ -82,7 +84,10 @@ def _language_model_loss(
 
     cross_entropy = mean_cross_entropy(hidden, model.output_matrix, targets, mask, config.loss_chunk_size)
     num_moe_layers = max(len(aux.load_balancing_loss), 1)
-    load_balancing_loss = jnp.sum(aux.load_balancing_loss) / num_moe_layers
+    if config.load_balancing == "model" and len(aux.load_balancing_loss):
+        load_balancing_loss = pooled_balancing_loss(aux.expert_load, aux.mean_score)
+    else:
+        load_balancing_loss = jnp.sum(aux.load_balancing_loss) / num_moe_layers
     router_z_loss = jnp.sum(aux.router_z_loss) / num_moe_layers
 
     loss = (

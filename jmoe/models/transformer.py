@@ -15,7 +15,9 @@ from jmoe.models.config import LayerGroup, LayerKind, TransformerConfig
 from jmoe.models.layers import MLP, RMSNorm, backward_apart
 from jmoe.models.mesh import batch_spec, with_auto_axes
 from jmoe.models.vocabulary import vocabulary_matmul
-from jmoe.moe import MoE, MoEAux
+from jmoe.moe import MoE
+from jmoe.moe_aux import MoEAux
+from jmoe.routers import BiasCorrectedRouter
 from jmoe.sharding import partitioned
 
 # Variance 1 / D: tied, it gives logits of about unit variance.
@@ -177,6 +179,21 @@ class Transformer(nnx.Module):
         embedding = self.embedding if self.output_embedding is None else self.output_embedding
         return embedding.embedding[...]
 
+    def update_biases(self, expert_load: Float[Array, "L E"]) -> None:
+        """Moves the routers' selection biases, as `jmoe.routers.BiasCorrectedRouter.update_bias` does.
+
+        The training step calls this once, in a model with a `router_bias_update_rate`.
+
+        Args:
+            expert_load: Load of the experts of each MoE layer, over the whole batch.
+        """
+        first = 0
+        for group, stacked in zip(self.config.layer_groups, self.groups, strict=True):
+            mlp = stacked.layers[-1].mlp
+            if isinstance(mlp, MoE):
+                cast(BiasCorrectedRouter, mlp.router).update_bias(expert_load[first : first + group.repeats])
+                first += group.repeats
+
     def _run(
         self,
         tokens: Int[Array, "B S"],
@@ -222,16 +239,32 @@ def _embedding(config: TransformerConfig, *, rngs: nnx.Rngs) -> nnx.Embed:
 
 
 def _moe(config: TransformerConfig, *, rngs: nnx.Rngs) -> MoE:
+    routing: dict[str, Any] = {
+        "score": config.router_score,
+        "normalize": config.router_normalize,
+        "scale": config.router_scale,
+    }
+    if config.router_bias_update_rate:
+        router = BiasCorrectedRouter(
+            config.embed_dim,
+            config.num_experts,
+            config.top_k,
+            update_rate=config.router_bias_update_rate,
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+            **routing,
+        )
+        routing = {"router": router}
+    else:
+        routing |= {"top_k": config.top_k, "score_order": config.router_score_order}
     return MoE(
         config.embed_dim,
         config.expert_hidden_dim,
         config.num_experts,
-        config.top_k,
+        **routing,
+        load_balancing="sequence" if config.load_balancing == "sequence" else "layer",
         activation=config.activation,
-        score=config.router_score,
-        score_order=config.router_score_order,
-        normalize=config.router_normalize,
-        scale=config.router_scale,
+        capacity_factor=config.capacity_factor,
         shared_hidden_features=config.shared_hidden_dim,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
@@ -274,5 +307,7 @@ def _no_moe_layers(config: TransformerConfig) -> MoEAux:
         load_balancing_loss=jnp.zeros(0),
         router_z_loss=jnp.zeros(0),
         expert_load=jnp.zeros((0, config.num_experts)),
+        mean_score=jnp.zeros((0, config.num_experts)),
+        experts_per_token=jnp.zeros(0),
         dropped_fraction=jnp.zeros(0),
     )

@@ -23,6 +23,11 @@ def moe_mlp(token_index, expert_index, weight):
     return jmoe.moe_mlp(jnp.ones((3, 2)), jnp.ones((2, 2, 8)), jnp.ones((2, 4, 2)), routing)
 
 
+def parallel_linear(token_index, expert_index, weight):
+    dispatch = jmoe.make_dispatch(jmoe.Assignments(token_index, expert_index, weight), 2)
+    return jmoe.parallel_linear(jnp.ones((3, 2)), jnp.ones((2, 2, 8)), dispatch, weights=weight)
+
+
 def test_nan_logits_are_reported_with_the_number_of_tokens():
     logits = jnp.ones((4, 3)).at[1, 2].set(jnp.nan)
     assert "logits hold NaN for 1 of 4 tokens" in error_of(lambda z: jmoe.route_top_k(z, 2), logits)
@@ -45,8 +50,20 @@ def test_a_routing_that_breaks_a_rule_is_reported(token_index, expert_index, wei
     assert message in error_of(moe_mlp, *map(jnp.array, (token_index, expert_index, weight)))
 
 
-def test_absent_assignments_may_hold_anything():
-    assert error_of(moe_mlp, jnp.array([0, 9]), jnp.array([1, -1]), jnp.array([1.0, jnp.nan])) is None
+@pytest.mark.parametrize(
+    ("token_index", "weight", "message"),
+    [
+        ([0, 3], [1.0, 1.0], "the token index of a present assignment is outside [0, T)"),
+        ([0, 2], [1.0, jnp.inf], "the weight of a present assignment is not finite"),
+    ],
+)
+def test_a_dispatch_that_breaks_a_rule_is_reported(token_index, weight, message):
+    assert message in error_of(parallel_linear, jnp.array(token_index), jnp.array([1, 0]), jnp.array(weight))
+
+
+@pytest.mark.parametrize("function", [moe_mlp, parallel_linear])
+def test_absent_assignments_may_hold_anything(function):
+    assert error_of(function, jnp.array([0, 9]), jnp.array([1, -1]), jnp.array([1.0, jnp.nan])) is None
 
 
 def test_the_checks_refuse_a_mesh():

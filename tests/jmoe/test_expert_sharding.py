@@ -23,6 +23,8 @@ def create():
         use_bias=True,
         bias_init=nnx.initializers.normal(0.5),
         shared_hidden_features=8,
+        shared_combine="sigmoid_gate",
+        use_output_bias=True,
         rngs=nnx.Rngs(0),
     )
 
@@ -85,6 +87,38 @@ def test_tokens_that_are_sharded_over_every_axis_stay_so_on_an_explicit_mesh(rel
     assert relative_error(np.asarray(y)[:, :6], expected_y) < 1e-5
     assert relative_error(np.asarray(dx)[:, :6], expected_dx) < 1e-5
     assert relative_error(aux.load_balancing_loss, expected_aux.load_balancing_loss) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("axis_type", "spec"),
+    [
+        (AxisType.Auto, PartitionSpec("data")),
+        (AxisType.Explicit, PartitionSpec("data", ("tensor", "expert"), None)),
+        (AxisType.Explicit, PartitionSpec(None, "data", None)),
+    ],
+    ids=["auto", "parts-of-sequences", "parts-of-sequences-only"],
+)
+def test_sequences_are_balanced_by_themselves_however_they_are_sharded(axis_type, spec):
+    moe = jmoe.MoE(FEATURES, HIDDEN, EXPERTS, TOP_K, load_balancing="sequence", rngs=nnx.Rngs(0))
+    x, mask = inputs(length=8)
+    mask = mask.at[3].set(False)
+    logits = x @ moe.router.kernel[...]
+    expected = []
+    for z, kept in zip(logits, mask, strict=True):
+        if kept.any():
+            expected.append(jmoe.load_balancing_loss(jax.nn.softmax(z[kept]), jmoe.route_top_k(z[kept], TOP_K)))
+
+    @nnx.jit
+    def run(moe, x):
+        return nnx.value_and_grad(lambda moe: moe(x, mask=mask)[1].load_balancing_loss)(moe)
+
+    loss, gradients = run(moe, x)
+    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
+    mesh = make_mesh({"data": 2, "expert": 2, "tensor": 2}, axis_type)
+    with jax.set_mesh(mesh):
+        loss_on_mesh, gradients_on_mesh = run(moe, jax.device_put(x, NamedSharding(mesh, spec)))
+    np.testing.assert_allclose(loss_on_mesh, loss, rtol=1e-5)
+    np.testing.assert_allclose(gradients_on_mesh.router.kernel, gradients.router.kernel, rtol=1e-4, atol=1e-7)
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_replicated(relative_error):

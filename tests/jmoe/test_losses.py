@@ -37,6 +37,58 @@ def test_times_k_it_is_hugging_faces_loss(logits):
     np.testing.assert_allclose(3 * jmoe.load_balancing_loss(jax.nn.softmax(logits), routing), hugging_face, rtol=1e-6)
 
 
+def numpy_sequence_loss(logits, expert_index, mask):
+    """DeepSeek-V3's sequence-wise loss, a sequence at a time; arrays [B, S, *]."""
+    losses = []
+    for z, chosen, kept in zip(np.asarray(logits, np.float64), expert_index, mask, strict=True):
+        if kept.any():
+            p = np.exp(z[kept]) / np.exp(z[kept]).sum(axis=1, keepdims=True)
+            f = np.bincount(chosen[kept].ravel(), minlength=6) / chosen[kept].size * 6
+            losses.append(np.sum(f * p.mean(axis=0)))
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_sequences_are_balanced_by_themselves(flat, logits):
+    routing = jmoe.route_top_k(logits, 2)
+    mask = np.random.default_rng(1).random(40) < 0.6
+    mask[8:16] = False  # a sequence without tokens
+    expected = numpy_sequence_loss(
+        logits.reshape(5, 8, 6), np.asarray(routing.expert_index).reshape(5, 8, 2), mask.reshape(5, 8)
+    )
+    if flat:
+        token = jnp.repeat(jnp.arange(40), 2)[::-1]
+        routing = jmoe.Assignments(token, routing.expert_index.ravel()[::-1], routing.weight.ravel()[::-1])
+    scores = jnp.where(mask[:, None], jax.nn.softmax(logits), jnp.nan)
+    loss = jax.jit(lambda s: jmoe.sequence_balancing_loss(s, routing, 5, mask=jnp.asarray(mask)))
+    np.testing.assert_allclose(loss(scores), expected, rtol=1e-6)
+    assert not jax.grad(loss)(scores)[~mask].any()
+
+
+def test_one_sequence_is_balanced_like_a_layer_and_none_gives_zero(logits):
+    routing, scores = jmoe.route_top_k(logits, 2), jax.nn.softmax(logits)
+    whole = jmoe.load_balancing_loss(scores, routing)
+    np.testing.assert_allclose(jmoe.sequence_balancing_loss(scores, routing, 1), whole, rtol=1e-6)
+    assert jmoe.sequence_balancing_loss(scores, routing, 5, mask=jnp.zeros(40, bool)) == 0
+
+
+def test_sequences_that_do_not_divide_the_tokens_raise(logits):
+    with pytest.raises(ValueError, match="num_sequences is 7; it must divide the number of tokens, 40"):
+        jmoe.sequence_balancing_loss(jax.nn.softmax(logits), jmoe.route_top_k(logits, 2), 7)
+
+
+def test_the_pooled_loss_times_k_is_hugging_faces_loss_of_a_model(logits):
+    layers = [logits, logits[::-1] - 1, 2 * logits]
+    routings = [jmoe.route_top_k(z, 3) for z in layers]
+    # transformers' load_balancing_loss_func joins the layers' logits before it takes means.
+    scores = np.concatenate([np.asarray(jax.nn.softmax(z), np.float64) for z in layers])
+    expert_mask = np.eye(6)[np.concatenate([np.asarray(r.expert_index) for r in routings])]
+    hugging_face = 6 * np.sum(expert_mask.mean(axis=0) * scores.mean(axis=0))
+    load = jnp.stack([jmoe.expert_load(r, 6) for r in routings])
+    mean_score = jnp.stack([jax.nn.softmax(z).mean(axis=0) for z in layers])
+    np.testing.assert_allclose(3 * jmoe.pooled_balancing_loss(load, mean_score), hugging_face, rtol=1e-6)
+
+
 def test_its_gradient_goes_through_the_scores_alone(logits):
     routing = jmoe.route_top_k(logits, 2)
     gradient = jax.grad(jmoe.load_balancing_loss)(jax.nn.softmax(logits), routing)

@@ -255,8 +255,16 @@ def test_layers_are_stacked_by_nnx_vmap():
     [
         ({"features": 0}, "features is 0; it must be at least 1"),
         ({"num_experts": 0}, "num_experts is 0"),
-        ({"top_k": 7}, "top_k is 7; it must be between 1 and num_experts, 6"),
+        ({"top_k": 7}, "top_k is 7; without a router it must be between 1 and the number of experts, 6"),
+        ({"top_k": None}, "top_k is None; without a router it must be"),
+        ({"num_zero_experts": -1}, "num_zero_experts is -1"),
+        ({"load_balancing": "token"}, "load_balancing is 'token'; it must be 'layer' or 'sequence'"),
         ({"shared_hidden_features": -1}, "shared_hidden_features is -1"),
+        (
+            {"shared_combine": "mean"},
+            "shared_combine is 'mean'; it must be one of 'sum', 'weighted_sum', 'sigmoid_gate'",
+        ),
+        ({"shared_combine": "weighted_sum"}, "without a shared expert; set shared_hidden_features"),
         ({"activation": "swish"}, "activation is 'swish'"),
         ({"score": "tanh"}, "score is 'tanh'"),
         ({"implementation": "cuda"}, "implementation is 'cuda'"),
@@ -322,3 +330,104 @@ def test_linen_layers_live_inside_linen_modules():
     (y, _), variables = jax.jit(block.init_with_output)(jax.random.key(0), x)
     assert sorted(variables["params"]["moe"]) == ["router", "w_down", "w_up"]
     np.testing.assert_allclose(jax.jit(block.apply)(variables, x)[0], y, rtol=1e-5)
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("combine", ["sum", "weighted_sum", "sigmoid_gate"])
+def test_the_shared_expert_and_the_output_bias_are_combined_as_asked(combine, masked, relative_error):
+    options = {"bias_init": nnx.initializers.normal(1.0), "use_bias": True}
+    moe = jmoe.MoE(
+        12,
+        20,
+        6,
+        2,
+        shared_hidden_features=10,
+        shared_combine=combine,
+        use_output_bias=True,
+        **options,
+        rngs=nnx.Rngs(0),
+    )
+    x, mask = tokens(20), np.ones(20, bool)
+    mask[3:7] = not masked
+    dirty = jnp.where(mask[:, None], x, jnp.nan)
+    y, _ = nnx.jit(lambda moe, x, mask: moe(x, mask=mask))(moe, dirty, jnp.asarray(mask) if masked else None)
+
+    both = numpy_layer(moe, x, activation=swiglu)
+    shared, moe.shared = moe.shared, None
+    routed = numpy_layer(moe, x, activation=swiglu)
+    of_shared = both - routed
+    if combine == "weighted_sum":
+        expected = (2 * routed + of_shared) / 3
+    elif combine == "sigmoid_gate":
+        assert shared is not None
+        assert shared.gate is not None
+        expected = routed + sigmoid(np.asarray(x, np.float64) @ np.asarray(shared.gate[...])) * of_shared
+    else:
+        expected = both
+    assert moe.bias is not None
+    expected = np.where(mask[:, None], expected + np.asarray(moe.bias[...]), 0)
+    assert relative_error(y, expected) < 2e-6
+
+
+def test_the_gate_and_the_output_bias_get_the_gradients_of_the_formula(relative_error):
+    options = {"shared_hidden_features": 10, "use_bias": True, "use_output_bias": True}
+    moe = jmoe.MoE(
+        12, 20, 6, 2, shared_combine="sigmoid_gate", bias_init=nnx.initializers.normal(1.0), **options, rngs=nnx.Rngs(0)
+    )
+    x, dy = tokens(20), tokens(20, seed=1)
+    actual = nnx.jit(nnx.grad(lambda moe: jnp.vdot(moe(x)[0], dy)))(moe)
+
+    def shared(parameters):
+        gate, up = jnp.split(x @ parameters["w_up"] + parameters["b_up"], 2, axis=-1)
+        v = (jax.nn.silu(gate) * up) @ parameters["w_down"] + parameters["b_down"]
+        return jnp.vdot(jax.nn.sigmoid(x @ parameters["gate"]) * v, dy)
+
+    expected = jax.grad(shared)(nnx.to_pure_dict(nnx.state(moe.shared)))
+    for name, gradient in expected.items():
+        assert relative_error(actual.shared[name][...], gradient) < 5e-6, name
+    assert relative_error(actual.bias[...], dy.sum(axis=0)) < 2e-6
+
+
+def test_the_gate_of_the_shared_expert_keeps_no_output_of_it():
+    x = tokens(60, features=32, dtype=jnp.bfloat16)
+    options = {"shared_hidden_features": 24, "dtype": jnp.bfloat16}
+    plain, gated = (
+        kept_for_the_backward(jmoe.MoE(32, 16, 4, 2, shared_combine=combine, **options, rngs=nnx.Rngs(0)), x)
+        for combine in ("sum", "sigmoid_gate")
+    )
+    assert gated - plain == {((32, 1), "float32"): 1}
+
+
+def test_any_function_can_gate(relative_error):
+    moe = jmoe.MoE(12, 20, 6, 2, activation=jmoe.Gated(jnp.tanh), shared_hidden_features=8, rngs=nnx.Rngs(0))
+    assert moe.w_up.shape == (6, 12, 40)
+    x = tokens(20)
+    y, _ = nnx.jit(lambda moe, x: moe(x))(moe, x)
+
+    def tanh_gated(h):
+        gate, up = np.split(h, 2, axis=-1)
+        return np.tanh(gate) * up
+
+    assert relative_error(y, numpy_layer(moe, x, activation=tanh_gated)) < 2e-6
+
+
+@pytest.mark.parametrize(("activation", "width"), [("swiglu", 2), (jnp.sin, 1)])
+def test_with_remat_no_pre_activations_are_kept_and_the_gradients_are_the_same(activation, width, relative_error):
+    x = tokens(60, features=32, dtype=jnp.bfloat16)
+    options = {"activation": activation, "use_bias": True, "shared_hidden_features": 24, "dtype": jnp.bfloat16}
+    stored, recomputed = (jmoe.MoE(32, 16, 4, 2, remat=remat, **options, rngs=nnx.Rngs(0)) for remat in (False, True))
+    assert kept_for_the_backward(stored, x) - kept_for_the_backward(recomputed, x) == {
+        ((120, width * 16), "bfloat16"): 1,
+        ((60, width * 24), "bfloat16"): 1,
+    }
+
+    @nnx.jit
+    def gradients(moe, x):
+        return nnx.grad(lambda moe, x: jnp.sum(moe(x)[0] ** 2), argnums=(0, 1))(moe, x)
+
+    for a, e in zip(jax.tree.leaves(gradients(recomputed, x)), jax.tree.leaves(gradients(stored, x)), strict=True):
+        assert relative_error(a, e) < 1e-2

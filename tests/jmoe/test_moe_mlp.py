@@ -226,22 +226,24 @@ def test_flat_assignments_allow_any_number_of_experts_for_a_token(relative_error
     assert relative_error(y, expected) < 2e-6
 
 
+@pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize(("activation", "width"), [("swiglu", 2), ("gelu", 1)])
-def test_only_x_and_the_pre_activations_are_kept_for_the_backward(activation, width, make_problem):
+def test_only_x_and_the_pre_activations_are_kept_for_the_backward(activation, width, remat, make_problem):
     problem = make_problem(64, 8, 4, activation=activation, bias=True, features=32, hidden=16)
     x = problem.x.astype(jnp.bfloat16)
 
     def layer(x, w_up, w_down, b_up, b_down, weight):
         routing = jmoe.Routing(problem.expert_index, weight)
-        return jmoe.moe_mlp(x, w_up, w_down, routing, activation=activation, b_up=b_up, b_down=b_down)
+        options: Any = {"activation": activation, "remat": remat}
+        return jmoe.moe_mlp(x, w_up, w_down, routing, b_up=b_up, b_down=b_down, **options)
 
     arguments = {**problem.differentiable, "x": x}
     kept = jax.tree.leaves(jax.eval_shape(lambda *arrays: jax.vjp(layer, *arrays)[1], *arguments.values()))
     parameters = {(a.shape, a.dtype) for name, a in arguments.items() if name != "x"}
     floats = [a for a in kept if jnp.issubdtype(a.dtype, jnp.floating) and (a.shape, a.dtype) not in parameters]
     rows = problem.weight.size
-    # 2*T*D + 4*R*F bytes for a gated MLP, 2*T*D + 2*R*F for a plain one.
-    assert sum(a.size * a.dtype.itemsize for a in floats) == 2 * 64 * 32 + 2 * width * rows * 16
+    # 2*T*D + 4*R*F bytes for a gated MLP, 2*T*D + 2*R*F for a plain one; with remat 2*T*D.
+    assert sum(a.size * a.dtype.itemsize for a in floats) == 2 * 64 * 32 + (0 if remat else 2 * width * rows * 16)
     integers = [a for a in kept if jnp.issubdtype(a.dtype, jnp.integer)]
     assert sum(a.size for a in integers) <= 4 * rows + 8
 

@@ -1,5 +1,7 @@
 """Routing: which experts tokens go to, with what weight."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ def logits():
     return jnp.asarray(np.random.default_rng(0).standard_normal((50, 8)) * 3, jnp.float32)
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
 @pytest.mark.parametrize("score_order", ["before_top_k", "after_top_k"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_weights_follow_the_formulas(score, score_order, normalize, logits, relative_error):
@@ -28,6 +30,8 @@ def test_weights_follow_the_formulas(score, score_order, normalize, logits, rela
     chosen = np.take_along_axis(z, expected_index, axis=1)
     if score == "sigmoid":
         weight = 1 / (1 + np.exp(-chosen))
+    elif score == "sqrt_softplus":
+        weight = np.sqrt(np.log1p(np.exp(chosen)))
     elif score_order == "before_top_k":
         weight = np.take_along_axis(softmax(z), expected_index, axis=1)
     else:
@@ -37,6 +41,29 @@ def test_weights_follow_the_formulas(score, score_order, normalize, logits, rela
     np.testing.assert_array_equal(routing.expert_index, expected_index)
     assert routing.weight.dtype == jnp.float32
     assert relative_error(routing.weight, 2.5 * weight) < 1e-6
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 0.5, 3.0, math.inf])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_weights_may_be_divided_by_a_p_norm(p, score, logits, relative_error):
+    routing = jax.jit(lambda z: jmoe.route_top_k(z, 3, score=score, normalize=p))(logits)
+    z = np.asarray(logits, np.float64)
+    s = softmax(z) if score == "softmax" else 1 / (1 + np.exp(-z))
+    s = np.take_along_axis(s, np.asarray(routing.expert_index), axis=1)
+    assert relative_error(routing.weight, s / np.linalg.norm(s, ord=p, axis=1, keepdims=True)) < 1e-6
+
+
+def test_gradients_of_a_p_norm_match_finite_differences():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(1)
+        logits, direction, dw = (rng.standard_normal(s) for s in ((4, 5), (4, 5), (4, 2)))
+
+        def loss(logits):
+            return jnp.sum(jmoe.route_top_k(logits, 2, score="sigmoid", normalize=2.0).weight * dw)
+
+        slope = np.sum(np.asarray(jax.grad(loss)(jnp.asarray(logits))) * direction)
+        up, down = (loss(jnp.asarray(logits + sign * 1e-6 * direction)) for sign in (1, -1))
+        np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-6)
 
 
 def test_the_defaults_are_a_normalised_softmax_before_top_k(logits):
@@ -51,7 +78,7 @@ def test_equal_logits_go_to_the_lower_expert_first():
     assert routing.expert_index.tolist() == [[1, 2, 0]]
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
 def test_weights_sum_to_one_even_where_every_score_underflows(score):
     logits = jnp.array([[-200.0, -201.0, 500.0, -202.0], [-300.0, -300.0, -300.0, -300.0]])
     routing = jmoe.route_top_k(logits[:, [0, 1, 3]], 2, score=score)
@@ -82,7 +109,7 @@ def test_nan_logits_spoil_their_own_token_only():
     )
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
 def test_gradients_of_the_weights_match_finite_differences(score):
     with jax.enable_x64(True):
         rng = np.random.default_rng(1)
@@ -95,6 +122,22 @@ def test_gradients_of_the_weights_match_finite_differences(score):
         slope = np.sum(np.asarray(jax.grad(loss)(jnp.asarray(logits))) * direction)
         up, down = (loss(jnp.asarray(logits + sign * 1e-6 * direction)) for sign in (1, -1))
         np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-6)
+
+
+def test_gradients_of_sqrt_softplus_stay_finite_and_right_at_extreme_logits():
+    logits = jnp.array([[-500.0, -39.0, -41.0, 0.0, 90.0]])
+    weights = lambda z: jmoe.route_top_k(z, 5, score="sqrt_softplus", normalize=False).weight  # noqa: E731
+    gradient = jax.grad(lambda z: jnp.sum(weights(z)))(logits)
+    z = np.asarray(logits, np.float64)
+    with np.errstate(over="ignore"):
+        expected = 1 / (1 + np.exp(-z)) / (2 * np.sqrt(np.log1p(np.exp(z))))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-30)
+
+
+def test_masked_tokens_are_absent():
+    mask = jnp.array([True, False])
+    routing = jmoe.route_top_k(jnp.array([[0.0, 1.0], [1.0, 0.0]]), 1, mask=mask)
+    assert routing.expert_index.tolist() == [[1], [-1]]
 
 
 def test_masking_makes_the_assignments_of_a_token_absent():
@@ -119,7 +162,9 @@ def test_routings_pass_through_jit_vmap_and_eval_shape(logits):
     [
         ({"k": 0}, "k is 0; it must be between 1 and the number of experts, 8"),
         ({"k": 9}, "k is 9"),
-        ({"score": "tanh"}, "score is 'tanh'; it must be 'softmax' or 'sigmoid'"),
+        ({"score": "tanh"}, "score is 'tanh'; it must be 'softmax', 'sigmoid' or 'sqrt_softplus'"),
+        ({"normalize": 0}, "normalize is 0; it must be True, False or the p of a p-norm, more than 0"),
+        ({"normalize": -2.0}, "normalize is -2.0"),
         ({"score_order": "first"}, "score_order is 'first'"),
         ({"logits": jnp.ones((2, 3, 8))}, r"logits is float32\[2, 3, 8\]"),
         ({"logits": jnp.ones((2, 8), jnp.int32)}, r"logits is int32"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 from train.config import preset
@@ -84,6 +85,35 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch_whatever_is_padded()
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)
     for name in ("loss", "cross_entropy", "router_z_loss", "expert_load", "gradient_norm"):
         np.testing.assert_allclose(parts_metrics[name], whole_metrics[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_selection_biases_move_with_the_load_and_nothing_else_touches_them(scan_layers):
+    layers = {"num_layers": 3, "first_dense_layers": 1, "hidden_dim": 16, "scan_layers": scan_layers}
+    routing = {"router_score": "sigmoid", "router_bias_update_rate": 0.125, "load_balancing_coef": 0.0}
+    model = dataclasses.replace(MODEL, **layers, **routing)
+    optimizer = optax.adamw(1e-3, weight_decay=0.5)
+    step = make_train_step(graph_of(model), optimizer, SCHEDULE, accumulation_steps=2)
+    state = init_state(model, optimizer, 0)
+    assert "'bias'" not in str(jax.tree.structure(state.opt_state))
+
+    def biases(state):
+        moe_groups = [state.params["groups"][i] for i in range(1, len(state.params["groups"]))]
+        return np.concatenate([group["layers"][0]["mlp"]["router"]["bias"] for group in moe_groups])
+
+    expected = np.zeros((2, 4), np.float32)
+    np.testing.assert_array_equal(biases(state), expected)
+    for _ in range(3):
+        state, metrics = step(state, _batch([0, 0, 0, 0]))
+        load = np.asarray(metrics["expert_load"])
+        expected += 0.125 * np.sign(np.round(0.25 - load, 5))
+        np.testing.assert_array_equal(biases(state), expected)
+    assert expected.any()
+    # A bias that is this large decides alone, in training and in evaluation.
+    router = state.params["groups"][1]["layers"][0]["mlp"]["router"]
+    router["bias"] = router["bias"] + jnp.array([0.0, 9.0, 0.0, 9.0])
+    _, aux = nnx.merge(graph_of(model), state.params)(_batch([0, 0, 0, 0])["tokens"])
+    np.testing.assert_array_equal(aux.expert_load[0], [0, 0.5, 0, 0.5])
 
 
 def test_bfloat16_compute_updates_float32_master_weights():

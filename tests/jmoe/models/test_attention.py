@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,15 +27,14 @@ def test_rope_turns_the_first_pair_by_one_radian_per_position():
     np.testing.assert_allclose(rotated.ravel(), [np.cos(3), 0, np.sin(3), 0], atol=1e-6)
 
 
-def test_automatic_attention_is_xla_where_cudnn_cannot_run(config):
-    assert attention_implementation(config) == "xla"
+def test_automatic_attention_is_xla_where_cudnn_cannot_run():
+    assert attention_implementation("auto", jnp.float32, 6) == "xla"
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="needs a machine that cannot run cuDNN")
-def test_asking_for_cudnn_where_it_cannot_run_says_why(config):
-    config = dataclasses.replace(config, attention_implementation="cudnn")
+def test_asking_for_cudnn_where_it_cannot_run_says_why():
     with pytest.raises(ValueError, match=r"not an NVIDIA GPU; dtype is float32.*; head_dim is 6.*Use 'auto'"):
-        attention_implementation(config)
+        attention_implementation("cudnn", "float32", 6)
 
 
 @pytest.mark.gpu

@@ -103,6 +103,39 @@ def test_scan_chunks_and_remat_change_neither_the_loss_nor_its_gradient(compiled
         assert aux.dropped_fraction == 0
 
 
+def test_the_load_may_be_balanced_by_sequence_or_over_all_layers(compiled_loss, batch):
+    step, model = compiled_loss
+    num_experts, top_k = model.config.num_experts, model.config.top_k
+    present = np.asarray(batch["segment_ids"] != 0)
+
+    # Router logits of each layer, from what its MoE layer is called with.
+    inputs, config = [], model.config
+    positions = jnp.broadcast_to(jnp.arange(batch["tokens"].shape[1]), batch["tokens"].shape)
+    rotation = rope_rotation(positions, config.head_dim, config.rope_theta)
+    x = model.embedding.embedding[...][batch["tokens"]]
+    for repeat in range(2):
+        (layer,) = jax.tree.map(lambda p, repeat=repeat: p[repeat], model.groups[0]).layers
+        attended, _ = layer.attention(layer.attention_norm(x), positions, rotation, segment_ids=batch["segment_ids"])
+        inputs.append(np.asarray(layer.mlp_norm(x + attended) @ layer.mlp.router.kernel[...], np.float64))
+        x, _, _ = layer(x, positions, rotation, batch["segment_ids"], None)
+
+    def balance(logits):  # of tokens [T, E]
+        scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        chosen = np.argsort(-logits, axis=1)[:, :top_k]
+        share = np.bincount(chosen.ravel(), minlength=num_experts) / chosen.size
+        return num_experts * np.sum(share * scores.mean(axis=0))
+
+    expected = {
+        "layer": np.mean([balance(z[present]) for z in inputs]),
+        "sequence": np.mean([balance(s[p]) for z in inputs for s, p in zip(z, present, strict=True) if p.any()]),
+        "model": balance(np.concatenate([z[present] for z in inputs])),
+    }
+    assert len({round(value, 4) for value in expected.values()}) == 3
+    for name, value in expected.items():
+        (_, aux), _ = step(with_config(model, load_balancing=name), **batch)
+        np.testing.assert_allclose(aux.load_balancing_loss, value, rtol=1e-4, err_msg=name)
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_layers_that_are_not_scanned_give_the_same(compiled_loss, batch, remat):
     step, model = compiled_loss
