@@ -53,7 +53,9 @@ def time_in_rounds[Key](
             time.sleep(REST_SECONDS)
             try:
                 if key not in calls:
-                    estimate = max(_seconds_per_call(variants[key], 3), FILL_SECONDS / _MAX_CALLS)
+                    # Twice, since the first calls may have to ask the device for memory.
+                    estimate = min(_seconds_per_call(variants[key], 3) for _ in range(2))
+                    estimate = max(estimate, FILL_SECONDS / _MAX_CALLS)
                     calls[key] = math.ceil(FILL_SECONDS / estimate)
                 _seconds_per_call(variants[key], 1)
                 seconds[key].append(_seconds_per_call(variants[key], calls[key]))
