@@ -47,6 +47,7 @@ def test_a_run_killed_before_its_first_checkpoint_and_during_a_save_ends_bit_for
     assert not list((killed / "checkpoints").glob("*-tmp"))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_step_under_way_and_says_how_to_continue(number, exit_code, arguments, start, tmp_path):
     arguments = [*arguments, "--steps", "400", "--log-every", "1", "--checkpoint.every", "400"]
