@@ -11,9 +11,10 @@ import pytest
 
 from train.arguments import load_config
 from train.checkpoint import Checkpoints
+from train.mesh import Placement
 from train.metrics import read_metrics
 from train.optimizer import make_optimizer
-from train.step import init_state, shapes_of
+from train.step import init_state
 
 # What depends on the clock.
 _CLOCK = {"time", "train/tokens_per_second"}
@@ -114,7 +115,7 @@ def _comparable(records):
 def _final_state(run):
     config = load_config(run)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    shapes = shapes_of(lambda: init_state(config.model, optimizer, 0))
+    shapes = Placement("").shapes(lambda: init_state(config.model, optimizer, 0))
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         state, position = checkpoints.restore(checkpoints.latest_step(), shapes)
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)], position
