@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple, no_type_check
 
@@ -186,7 +187,8 @@ def expert_topology(
         A `Topology` of `sum(hidden_sizes)` columns, and of as many rows as groups of any sizes can need.
 
     Raises:
-        ValueError: `hidden_sizes` do not fit `group_sizes` or `block`, or `num_rows` is negative.
+        ValueError: `hidden_sizes` are no static integers or do not fit `group_sizes` or `block`, or `num_rows` is
+            negative.
 
     Example:
         >>> import jax.numpy as jnp
@@ -196,7 +198,7 @@ def expert_topology(
         >>> topology.column_indices[:5].tolist()
         [0, 1, 0, 1, 3]
     """
-    hidden_sizes = tuple(hidden_sizes)
+    group_sizes, hidden_sizes = jnp.asarray(group_sizes), static_sizes("hidden_sizes", hidden_sizes)
     num_experts = group_sizes.shape[0] if group_sizes.ndim == 1 else -1
     if len(hidden_sizes) != num_experts or not jnp.issubdtype(group_sizes.dtype, jnp.integer) or not hidden_sizes:
         raise ValueError(
@@ -208,7 +210,7 @@ def expert_topology(
     if num_rows < 0:
         raise ValueError(f"num_rows is {num_rows}; it must not be negative.")
     widths = [size // block for size in hidden_sizes]
-    rows = max_num_blocks(num_experts, num_rows=num_rows, block_rows=block)
+    rows = max(max_num_blocks(num_experts, num_rows=num_rows, block_rows=block), 1)
     # Each expert that has rows has one row of blocks, and at most one more for each `block` rows of the others.
     num_slots = sum(widths) + max(widths) * (max(num_rows - 1, 0) // block)
     _, end_row = padded_bounds(group_sizes, num_rows=num_rows, block=block)
@@ -227,6 +229,14 @@ def expert_topology(
     column = first_column.at[expert[at]].get(mode="clip") + in_row
     column = jnp.where(is_block, column, sum(widths))
     return make_topology(of_slot, column, (rows * block, sum(widths) * block), block, rows_are_contiguous=True)
+
+
+def static_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Returns the sizes as Python's integers, or raises a ValueError that names the argument."""
+    try:
+        return tuple(operator.index(size) for size in sizes)
+    except TypeError:
+        raise ValueError(f"{name} is {sizes!r}; it must be a sequence of static integers.") from None
 
 
 def padded_bounds(
