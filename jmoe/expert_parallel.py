@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jmoe.activations import Activation, activate, is_gated
+from jmoe.block_sparse import check_hidden_sizes
 from jmoe.mlp import ExpertParameters, MLPImplementation, WeightOn, moe_mlp
 from jmoe.routing import Assignments, Routing
 from jmoe.rows import accumulator_dtype
@@ -113,7 +114,13 @@ def sharded_mlps(
 
     Returns:
         [T, D], this shard's tokens.
+
+    Raises:
+        ValueError: a shard's part of the hidden widths cannot be cut into the blocks of "block_sparse".
     """
+    if implementation == "block_sparse":
+        shards = math.prod(lax.axis_size(axis) for axis in axes.hidden)
+        check_hidden_sizes("hidden_features", hidden_sizes or (experts.w_down.shape[-2],), shards)
     split_hidden = functools.partial(_hidden_slice, gated=is_gated(activation), axes=axes.hidden)
 
     x, routing = _gather_routed(x, routing, axes.hidden, axes)
@@ -150,7 +157,7 @@ def _gather_routed[R: Routing | Assignments](
 
 
 def _reduce_tokens(y: Float[Array, "all_T D"], over: tuple[str, ...], axes: ShardAxes) -> Float[Array, "T D"]:
-    """Sums the shards' parts; the inverse of `_gather_tokens` in which tokens remain."""
+    """Sums the shards' parts; the inverse of `_gather_routed` in which tokens remain."""
     scattered = tuple(axis for axis in over if axis in axes.tokens)
     if scattered:
         y = lax.psum_scatter(y, scattered, scatter_dimension=0, tiled=True)

@@ -24,6 +24,7 @@ from pallas_kernels import (
     grouped_matmul,
     grouped_weight_gradient,
 )
+from pallas_kernels.block_sparse.topology import static_sizes
 
 WeightOn = Literal["output", "input"]
 MLPImplementation = Implementation | Literal["block_sparse"]
@@ -69,11 +70,14 @@ def moe_mlp(
             kept, for one more product.
         hidden_sizes: F of each expert, static, where experts have different ones. The arrays then have their
             columns, or rows, side by side: w_up [D, sum of 2F_e] (an expert's gate columns, then its up columns) or
-            [D, sum of F_e], w_down [sum of F_e, D], b_up as w_up without D.
+            [D, sum of F_e], w_down [sum of F_e, D], b_up as w_up without D. The pre-activations that are kept, and
+            the work on them, have room for all rows on the widest expert.
         implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`; or "block_sparse", which pads
             each expert's rows to blocks and multiplies block-sparse matrices as MegaBlocks does (arXiv 2211.15841,
-            section 5). Only that can have `hidden_sizes`, and they mean it. All F are then multiples of 64, better of
-            128; weights [E, D, H] are copied to [D, E*H], and such with `hidden_sizes` are not.
+            section 5), by the fastest that can run here: XLA unless on Hopper, in 16 bits, D is a multiple of 64 and
+            all F are of 128. All F must be multiples of 64; weights [E, D, H] are copied to [D, E*H]. Experts with
+            `hidden_sizes` are computed so too, without a copy, and the other names are then those of
+            `pallas_kernels.block_sparse.sdd`.
 
     Returns:
         [T, D] in x's dtype.
@@ -90,17 +94,15 @@ def moe_mlp(
         [[10.0, 10.0], [5.0, 5.0], [0.0, 0.0]]
     """
     parameters = ExpertParameters(w_up, w_down, b_up, b_down)
+    is_block_sparse = hidden_sizes is not None or implementation == "block_sparse"
+    of_products = None if implementation == "block_sparse" else implementation
     if hidden_sizes is None:
         check_mlp(x, parameters, routing, activation, weight_on)
         num_experts, hidden, _ = w_down.shape
         hidden_sizes = (hidden,) * num_experts
     else:
-        hidden_sizes, num_experts = tuple(hidden_sizes), len(hidden_sizes)
-        if implementation not in (None, "block_sparse"):
-            raise ValueError(
-                f'implementation is {implementation!r} and there are hidden_sizes; it must be "block_sparse" or None.'
-            )
-        implementation = "block_sparse"
+        hidden_sizes = static_sizes("hidden_sizes", hidden_sizes)
+        num_experts = len(hidden_sizes)
         check_mlp_side_by_side(x, parameters, routing, activation, weight_on, hidden_sizes)
     if isinstance(routing, Assignments):
         in_range = (routing.token_index >= 0) & (routing.token_index < x.shape[0])
@@ -111,15 +113,15 @@ def moe_mlp(
         jnp.isfinite(routing.weight) | ~is_present(routing.expert_index, num_experts),
         "the routing weight of a present assignment is not finite",
     )
-    if implementation == "block_sparse":
-        block_sparse.check_hidden_sizes(hidden_sizes)
+    if is_block_sparse:
+        block_sparse.check_hidden_sizes("w_down" if w_down.ndim == 3 else "hidden_sizes", hidden_sizes)
         if not x.size or not routing.expert_index.size:
             return jnp.zeros_like(x)
-        options = block_sparse.Options(activation, weight_on, remat, hidden_sizes)
+        options = block_sparse.Options(activation, weight_on, remat, hidden_sizes, of_products)
         return block_sparse.block_sparse_mlp(
             options, x, parameters, routing.weight, make_dispatch(routing, num_experts)
         )
-    options = _Options(activation, weight_on, remat, implementation)
+    options = _Options(activation, weight_on, remat, of_products)
     unsorted = None
     if isinstance(routing, Routing) and 0 < routing.expert_index.size <= _MOST_UNSORTED:
         # Read again for each token that shares an expert with one before it, on average.

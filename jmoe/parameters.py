@@ -39,7 +39,7 @@ def checked_widths(hidden_features: int | Sequence[int], num_experts: int) -> in
             raise ValueError(f"hidden_features is {hidden_features}; it must be at least 1.")
         return hidden_features
     hidden_features = tuple(hidden_features)
-    check_hidden_sizes(hidden_features)
+    check_hidden_sizes("hidden_features", hidden_features)
     if len(hidden_features) != num_experts:
         raise ValueError(
             f"hidden_features has {len(hidden_features)} widths; it must have one for each of the {num_experts} "
