@@ -75,7 +75,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     accumulation_steps: int = 1,
-    shardings: PyTree[jax.sharding.Sharding] | None = None,
+    shardings: "TrainState | None" = None,
 ) -> jax.stages.Wrapped:
     """One update of the parameters from one batch, under `jax.jit`.
 
@@ -91,7 +91,8 @@ def make_train_step(
         optimizer: What turns gradients into updates.
         schedule: The optimizer's learning rate, to report.
         accumulation_steps: Parts of a batch.
-        shardings: How the new state shall lie on a mesh, for each of its arrays; None leaves it to the compiler.
+        shardings: How the new state shall lie on a mesh, for each of its arrays; None leaves it to the compiler. The
+            metrics lie as the number of steps does.
 
     Returns:
         A function of the state (whose buffers it takes over) and a batch, that returns the new state and
@@ -136,4 +137,4 @@ def make_train_step(
         metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings and (shardings, shardings.step))
