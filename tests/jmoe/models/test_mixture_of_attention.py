@@ -191,3 +191,9 @@ def test_bad_sizes_are_named(arguments, message):
 def test_an_input_of_another_shape_is_named(without_annotation_checks):
     with pytest.raises(ValueError, match=r"x is float32\[5, 12\]; it must be floating-point \[B, S, D=12\]"):
         make()(inputs(5))
+
+
+def test_a_token_with_a_cache_needs_its_position():
+    layer = make()
+    with pytest.raises(ValueError, match="positions is None, with a cache and one token"):
+        layer(inputs(2, 1), cache=layer.empty_cache(2, 8))
