@@ -32,16 +32,24 @@ class ShardAxes:
     """The mesh axes that a layer is sharded over inside `jax.shard_map`; all empty on one device.
 
     Attributes:
-        tokens: of the tokens.
+        batch: of each dimension of the tokens.
         experts: of the experts.
         hidden: of the hidden widths.
-        sequence: those of `tokens` that the tokens of one sequence are spread over.
     """
 
-    tokens: tuple[str, ...] = ()
+    batch: tuple[tuple[str, ...], ...] = ()
     experts: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
-    sequence: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """All axes that the tokens are sharded over."""
+        return tuple(axis for axes in self.batch for axis in axes)
+
+    @property
+    def sequence(self) -> tuple[str, ...]:
+        """Those that the tokens of one sequence are spread over."""
+        return self.batch[-1] if self.batch else ()
 
 
 def shard_axes(
@@ -75,8 +83,7 @@ def shard_axes(
                 f"{' x '.join(axes)}: make it {size + -size % shards}, or give {rule!r} another rule with "
                 "flax.nnx.logical_axis_rules."
             )
-    of_tokens = tuple(axis for entry in tokens for axis in as_axes(entry))
-    return ShardAxes(of_tokens, experts, hidden, as_axes(tokens[-2]) if len(tokens) > 1 else ())
+    return ShardAxes(tuple(as_axes(entry) for entry in tokens[:-1]), experts, hidden)
 
 
 def sharded_mlps(

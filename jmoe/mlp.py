@@ -16,7 +16,7 @@ from jmoe.arguments import check_mlp, check_mlp_side_by_side
 from jmoe.combine import combine, group_sum
 from jmoe.debug import check
 from jmoe.dispatch import Dispatch, dispatch_unsorted, make_dispatch
-from jmoe.routing import Assignments, Routing, is_present
+from jmoe.routing import Assignments, Routing, in_range, is_present
 from jmoe.rows import accumulator, accumulator_dtype, of_expert, take_rows, weighted
 from pallas_kernels import (
     Implementation,
@@ -105,10 +105,7 @@ def moe_mlp(
         num_experts = len(hidden_sizes)
         check_mlp_side_by_side(x, parameters, routing, activation, weight_on, hidden_sizes)
     if isinstance(routing, Assignments):
-        in_range = (routing.token_index >= 0) & (routing.token_index < x.shape[0])
-        present = is_present(routing.expert_index, num_experts)
-        check(in_range | ~present, "token_index of a present assignment is outside [0, T)")
-        routing = routing.where(in_range)
+        routing = in_range(routing, x.shape[0], num_experts)
     check(
         jnp.isfinite(routing.weight) | ~is_present(routing.expert_index, num_experts),
         "the routing weight of a present assignment is not finite",

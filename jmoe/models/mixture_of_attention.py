@@ -176,7 +176,8 @@ class MixtureOfAttention(nnx.Module):
 
         Args:
             x: [B, S, D].
-            positions: int[B, S], the position of each token; None counts from 0 along each sequence.
+            positions: int[B, S], the position of each token; None counts from 0 along each sequence. With a cache and
+                S = 1 they must be given.
             segment_ids: int[B, S], which document each token belongs to; None if each sequence is one document.
                 Tokens of segment 0 are padding: they are not routed, give zeros and enter no statistic, whatever x
                 holds there.
@@ -190,7 +191,8 @@ class MixtureOfAttention(nnx.Module):
             cache: the written cache (None without one).
 
         Raises:
-            ValueError: the shape or dtype of an array does not fit, or cuDNN was asked for and cannot run.
+            ValueError: the shape or dtype of an array does not fit, `positions` are missing, or cuDNN was asked for and
+                cannot run.
         """
         if x.ndim != 3 or x.shape[-1] != self.features or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x is {x.dtype}{list(x.shape)}; it must be floating-point [B, S, D={self.features}].")
@@ -201,6 +203,10 @@ class MixtureOfAttention(nnx.Module):
                 )
         if cache is not None:
             self._check_cache(cache, x)
+        if positions is None and cache is not None and x.shape[1] == 1:
+            raise ValueError(
+                "positions is None, with a cache and one token; it must be int[B, 1], where that token is."
+            )
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         inputs = _Inputs(x, positions, segment_ids, cache)
@@ -213,7 +219,7 @@ class MixtureOfAttention(nnx.Module):
         graphdef, state = nnx.split(self)
 
         def apply(inputs, state):
-            return nnx.merge(graphdef, state)._apply_to_shard(inputs, ShardAxes(as_axes(batch[0])))
+            return nnx.merge(graphdef, state)._apply_to_shard(inputs, ShardAxes((as_axes(batch[0]), ())))
 
         # Kernels and loops do not say which mesh axes their results vary over, so that is not checked.
         return jax.shard_map(

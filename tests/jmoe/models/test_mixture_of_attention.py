@@ -203,3 +203,9 @@ def test_inputs_of_other_shapes_and_dtypes_are_named(without_annotation_checks):
     for cache in (layer.empty_cache(3, 8), make(dtype=jnp.bfloat16).empty_cache(2, 8)):
         with pytest.raises(ValueError, match=r"cache.key is .*; it must be float32\[B=2, C, 2, 6\], as of empty_cache"):
             layer(x, cache=cache)
+
+
+def test_a_token_with_a_cache_needs_its_position():
+    layer = make()
+    with pytest.raises(ValueError, match="positions is None, with a cache and one token"):
+        layer(inputs(2, 1), cache=layer.empty_cache(2, 8))
