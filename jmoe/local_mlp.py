@@ -1,0 +1,110 @@
+"""The expert MLPs of one device: arguments checked, and the implementation chosen."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jmoe import block_sparse, grouped_mlp
+from jmoe.activations import Activation
+from jmoe.arguments import check_mlp, check_mlp_side_by_side
+from jmoe.debug import check
+from jmoe.dispatch import dispatch_unsorted, make_dispatch
+from jmoe.grouped_mlp import ExpertParameters
+from jmoe.routing import Assignments, Routing, is_present
+from pallas_kernels import Implementation
+
+WeightOn = Literal["output", "input"]
+MLPImplementation = Implementation | Literal["block_sparse"]
+MLPOptions = block_sparse.Options | grouped_mlp.Options
+
+_MOST_UNSORTED = 32  # assignments; each is a group of its own then
+_BYTES_OF_SORT = 24_000_000  # what an H100 reads while it sorts few assignments: 8 us
+
+
+def local_mlp(
+    x: Float[Array, "T D"],
+    routing: Routing | Assignments,
+    parameters: ExpertParameters,
+    *,
+    activation: Activation,
+    weight_on: WeightOn,
+    remat: bool,
+    hidden_sizes: tuple[int, ...] | None,
+    implementation: MLPImplementation | None,
+) -> Float[Array, "T D"]:
+    """Computes `jmoe.moe_mlp` of the tokens and experts that are here, whatever mesh there is.
+
+    Args:
+        x: [T, D].
+        routing: the experts of each token.
+        parameters: of the E experts.
+        activation: as in `moe_mlp`.
+        weight_on: as in `moe_mlp`.
+        remat: as in `moe_mlp`.
+        hidden_sizes: as in `moe_mlp`.
+        implementation: as in `moe_mlp`.
+
+    Returns:
+        [T, D] in x's dtype.
+
+    Raises:
+        ValueError: as in `moe_mlp`.
+    """
+    if hidden_sizes is None:
+        check_mlp(x, parameters, routing, activation, weight_on)
+        num_experts = parameters.w_up.shape[0]
+    else:
+        num_experts = len(hidden_sizes)
+        if implementation not in (None, "block_sparse"):
+            raise ValueError(
+                f'implementation is {implementation!r} and there are hidden_sizes; it must be "block_sparse" or None.'
+            )
+        implementation = "block_sparse"
+        check_mlp_side_by_side(x, parameters, routing, activation, weight_on, hidden_sizes)
+    routing = with_tokens_in_range(routing, x.shape[0], num_experts)
+    check(
+        jnp.isfinite(routing.weight) | ~is_present(routing.expert_index, num_experts),
+        "the routing weight of a present assignment is not finite",
+    )
+    if hidden_sizes is None:
+        hidden_sizes = (parameters.w_down.shape[1],) * num_experts
+    options = mlp_options(hidden_sizes, activation, weight_on, remat, implementation)
+    if isinstance(options, block_sparse.Options):
+        if not x.size or not routing.expert_index.size:
+            return jnp.zeros_like(x)
+        dispatch = make_dispatch(routing, num_experts)
+        return block_sparse.block_sparse_mlp(options, x, parameters, routing.weight, dispatch)
+    unsorted = None
+    if isinstance(routing, Routing) and 0 < routing.expert_index.size <= _MOST_UNSORTED:
+        # Read again for each token that shares an expert with one before it, on average.
+        num_tokens, k = routing.expert_index.shape
+        bytes_of_expert = (parameters.w_up.nbytes + parameters.w_down.nbytes) // num_experts
+        if num_tokens * (num_tokens - 1) // 2 * k**2 * bytes_of_expert <= num_experts * _BYTES_OF_SORT:
+            unsorted = dispatch_unsorted(routing, num_experts)
+    dispatch = make_dispatch(routing, num_experts)
+    return grouped_mlp.grouped_mlp(options, x, parameters, routing.weight, dispatch, unsorted)
+
+
+def with_tokens_in_range[R: Routing | Assignments](routing: R, num_tokens: int, num_experts: int) -> R:
+    """Makes assignments of tokens outside [0, T) absent."""
+    if not isinstance(routing, Assignments):
+        return routing
+    in_range = (routing.token_index >= 0) & (routing.token_index < num_tokens)
+    present = is_present(routing.expert_index, num_experts)
+    check(in_range | ~present, "token_index of a present assignment is outside [0, T)")
+    return routing.where(in_range)
+
+
+def mlp_options(
+    hidden_sizes: tuple[int, ...],
+    activation: Activation,
+    weight_on: WeightOn,
+    remat: bool,
+    implementation: MLPImplementation | None,
+) -> MLPOptions:
+    """Says what experts of these widths are computed by, and how."""
+    if implementation == "block_sparse":
+        block_sparse.check_hidden_sizes(hidden_sizes)
+        return block_sparse.Options(activation, weight_on, remat, hidden_sizes)
+    return grouped_mlp.Options(activation, weight_on, remat, implementation)
