@@ -100,9 +100,9 @@ def sharded_mlps(
 ) -> Float[Array, "T D"]:
     """Computes `moe_mlp` of this shard's tokens, plus the shared expert if there is one.
 
-    Tokens are exchanged with the shards that have other experts. Along the axes that hidden widths are split over, every
-    shard gathers the tokens, computes the part of its own widths, and the parts are summed into each shard's own
-    tokens.
+    Tokens are exchanged with the shards that have other experts. Along the axes that hidden widths are split over,
+    every shard gathers the tokens, computes the part of its own widths, and the parts are summed into each shard's
+    own tokens.
 
     Args:
         x: [T, D], this shard's tokens.

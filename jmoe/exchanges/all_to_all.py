@@ -85,7 +85,7 @@ class AllToAll(Exchange):
         shard_of = jnp.where(present, index // num_local, num_shards)  # [U, K]
         goes = (shard_of == jnp.arange(num_shards)[:, None, None]).any(axis=2)  # [n, U]
         rank = jnp.where(goes, jnp.cumsum(goes, axis=1, dtype=jnp.int32) - 1, ABSENT)
-        chunk = self.chunk(*index.shape, num_local)
+        chunk = self.chunk(index.shape[0], index.shape[1], num_local)
         num_rounds = lax.pmax(-(-(rank.max() + 1) // chunk), self.axis_names)
         return _Plan(x.shape[0], chunk, token_index, routing, shard_of, rank, num_rounds)
 
@@ -110,7 +110,7 @@ class AllToAll(Exchange):
         return lax.all_to_all(rows, self.axis_names, split_axis=0, concat_axis=0, tiled=True)
 
     def _sent_routing(self, plan, parcel, parameters):
-        """Sends the routing of the tokens in a parcel, and returns that of those that arrive to this shard's experts."""
+        """Sends the routing of a parcel's tokens; returns that of those that arrive, to this shard's experts."""
         index = plan.routing.expert_index.at[parcel.unit].get(mode="fill", fill_value=ABSENT)
         weight = plan.routing.weight.at[parcel.unit].get(mode="fill", fill_value=0)
         return self.local_part(Routing(self._sent(index), self._sent(weight)), parameters.w_up.shape[0])

@@ -1,6 +1,7 @@
 """The exchange in a ring: the tokens of each shard go from device to device, and their outputs after them."""
 
-from typing import override
+from collections.abc import Callable
+from typing import Any, override
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ class Ring(Exchange):
         num_local = parameters.w_up.shape[0]
         max_rows = self.room_for_rows(routing.expert_index.size, num_local)
 
-        def compute(travelling, shard):
-            del shard
+        def compute(travelling, step):
+            del step
             x, routing = travelling
             local = self.local_part(routing, num_local)
             return windowed_outputs(self.options, x, local, parameters, max_rows)
@@ -48,7 +49,7 @@ class Ring(Exchange):
             dparameters = jax.tree.map(jnp.add, dparameters, more)
         return dx, dparameters, dweight
 
-    def _around(self, travelling, compute):
+    def _around(self, travelling: Any, compute: Callable[[Any, int], tuple[Any, Any]]) -> tuple[Any, list[Any]]:
         """Calls `compute(travelling, step)` with what each shard sends, and brings the sum of its results home.
 
         Args:
@@ -58,11 +59,10 @@ class Ring(Exchange):
         Returns:
             The sum for this shard, and the other results of each step.
         """
-        num_shards = self.num_shards
-        own, total, others = None, None, []
-        for step in range(num_shards):
+        own, others, total = None, [], None
+        for step in range(self.num_shards):
             # Sent on before it is used here, so that the next one may arrive in the meantime.
-            following = self._next(travelling) if step + 1 < num_shards else None
+            following = self._next(travelling) if step + 1 < self.num_shards else None
             part, other = compute(travelling, step)
             others.append(other)
             if step == 0:
@@ -71,8 +71,7 @@ class Ring(Exchange):
                 total = part if total is None else jax.tree.map(jnp.add, self._next(total), part)
             travelling = following
         # The last shard is that of the next device, so one more step takes each sum home.
-        total = own if total is None else jax.tree.map(jnp.add, own, self._next(total))
-        return total, others
+        return jax.tree.map(jnp.add, own, self._next(total)), others
 
     def _next(self, tree):
         num_shards = self.num_shards
