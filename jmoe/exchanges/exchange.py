@@ -70,7 +70,7 @@ class Exchange(abc.ABC):
         """The shards n that tokens are exchanged between."""
         return math.prod(lax.axis_size(axis) for axis in self.axis_names)
 
-    def room(self, mean: float, most: int) -> int:
+    def room(self, mean: float | int, most: int) -> int:
         """How many rows a buffer has that random routing fills with `mean` rows on average."""
         return min(most, _MULTIPLE * math.ceil(self.slack * mean / _MULTIPLE))
 
