@@ -1,6 +1,6 @@
 """The expert MLPs of one device: arguments checked, and the implementation chosen."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,7 +9,7 @@ from jmoe import block_sparse, grouped_mlp
 from jmoe.activations import Activation
 from jmoe.arguments import check_mlp, check_mlp_side_by_side
 from jmoe.debug import check
-from jmoe.dispatch import dispatch_unsorted, make_dispatch
+from jmoe.dispatch import Dispatch, dispatch_unsorted, make_dispatch
 from jmoe.grouped_mlp import ExpertParameters
 from jmoe.routing import Assignments, Routing, is_present
 from pallas_kernels import Implementation
@@ -108,3 +108,28 @@ def mlp_options(
         block_sparse.check_hidden_sizes(hidden_sizes)
         return block_sparse.Options(activation, weight_on, remat, hidden_sizes)
     return grouped_mlp.Options(activation, weight_on, remat, implementation)
+
+
+def mlp_outputs(
+    options: MLPOptions, x: Float[Array, "T D"], parameters: ExpertParameters, weight: Array, dispatch: Dispatch
+) -> tuple[Float[Array, "T D"], Array]:
+    """Computes the MLPs' outputs and the pre-activations, for those who keep what they need themselves."""
+    return _implementation(options).outputs(options, x, parameters, weight, dispatch)
+
+
+def mlp_gradients(
+    options: MLPOptions, residuals: tuple[Any, ...], dy: Float[Array, "T D"]
+) -> tuple[Float[Array, "T D"], ExpertParameters, Float[Array, "..."]]:
+    """Computes the gradients of x, the parameters and the weights.
+
+    Args:
+        options: the MLPs.
+        residuals: x, parameters, weight and dispatch as `mlp_outputs` gets them, and the pre-activations; None for
+            these, and they are computed again.
+        dy: [T, D].
+    """
+    return _implementation(options).gradients(options, residuals, dy)
+
+
+def _implementation(options):
+    return block_sparse if isinstance(options, block_sparse.Options) else grouped_mlp

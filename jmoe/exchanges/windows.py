@@ -14,19 +14,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jmoe import block_sparse, grouped_mlp
 from jmoe.dispatch import Dispatch, make_dispatch
 from jmoe.grouped_mlp import ExpertParameters
-from jmoe.local_mlp import MLPOptions
+from jmoe.local_mlp import MLPOptions, mlp_gradients, mlp_outputs
 from jmoe.routing import Assignments, Routing
 
 
 class Kept(NamedTuple):
-    """What the backward of MLPs in windows needs besides x and the parameters.
+    """What the backward of MLPs needs besides x and the parameters.
 
     Attributes:
         weight: of the assignments.
-        dispatch: of all windows.
+        dispatch: of the same.
         h: the pre-activations of the first window; None if they are to be computed again.
     """
 
@@ -58,7 +57,7 @@ def windowed_outputs(
     dispatch = make_dispatch(routing, parameters.w_up.shape[0])
 
     def outputs(start):
-        return _engine(options).outputs(options, x, parameters, routing.weight, window(dispatch, start, max_rows))
+        return mlp_outputs(options, x, parameters, routing.weight, window(dispatch, start, max_rows))
 
     y, h = outputs(0)
     y = _for_further_windows(lambda y, start: y + outputs(start)[0], y, dispatch, max_rows)
@@ -88,16 +87,12 @@ def windowed_gradients(
 
     def gradients(start, h=None):
         residuals = x, parameters, kept.weight, window(kept.dispatch, start, max_rows), h
-        return _engine(options).gradients(options, residuals, dy)
+        return mlp_gradients(options, residuals, dy)
 
     def add(total, start):
         return jax.tree.map(jnp.add, total, gradients(start))
 
     return _for_further_windows(add, gradients(0, kept.h), kept.dispatch, max_rows)
-
-
-def _engine(options):
-    return block_sparse if isinstance(options, block_sparse.Options) else grouped_mlp
 
 
 def _for_further_windows(body, carry, dispatch, max_rows):

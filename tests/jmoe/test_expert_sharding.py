@@ -10,11 +10,12 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jmoe
+from jmoe.exchanges import ExchangeName
 
 FEATURES, HIDDEN, EXPERTS, TOP_K = 12, 16, 8, 2
 
 
-def create(exchange="auto"):
+def create(exchange: ExchangeName = "auto"):
     return jmoe.MoE(
         FEATURES,
         HIDDEN,

@@ -27,7 +27,7 @@ def on_mesh(kind, num_devices, function, **options):
     num_experts = NUM_LOCAL * num_devices
     exchange = kind(("expert",), OPTIONS, num_experts, **options)
 
-    def shape(*dimensions, dtype=jnp.float32):
+    def shape(*dimensions, dtype=jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(dimensions, dtype, sharding=NamedSharding(mesh, SHARDED))
 
     tokens = num_devices * T
@@ -61,7 +61,7 @@ def test_the_peak_of_the_all_to_all_is_a_matter_of_its_chunk():
     for slack in (1.125, 2.25):
         exchange, peak = peak_bytes(AllToAll, 8, slack=slack)
         received = 8 * exchange.chunk(T, K, NUM_LOCAL)
-        rows = exchange.room(T * K, 8 * T * K)
+        rows = 8 * exchange.room_for_rows(T * K, NUM_LOCAL)
         parameters = NUM_LOCAL * 3 * D * F
         assert peak < 4 * (7 * received * D + 3 * rows * (2 * F + D) + 4 * T * D + 2 * parameters)
         assert peak < of_gather * slack
@@ -83,7 +83,7 @@ def test_what_is_kept_is_one_shards_pre_activations_and_no_tokens_of_others(kind
     of_tokens = [array.shape for array in kept if array.shape[-1:] == (D,)]
     assert of_tokens == ([(num_devices * T, D)] if kind is Gather else [])
     pre_activations = [array for array in kept if array.shape[-1:] == (2 * F,)]
-    assert sum(len(h) for h in pre_activations) <= num_devices * exchange.room(T * K / num_devices, T * K)
+    assert sum(len(h) for h in pre_activations) <= num_devices * exchange.room_for_rows(T * K, NUM_LOCAL)
     integers = [array for array in kept if array.shape[-1:] not in ((D,), (2 * F,))]
     # The routing, and where each row of the windows is: 5 numbers for each assignment that may be there.
     assert sum(array.size for array in integers) <= 5 * num_devices * T * K + 100 * num_devices
