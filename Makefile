@@ -10,7 +10,7 @@ PYTEST := -m pytest -n $(JOBS) --durations=15
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest lint bench clean
+.PHONY: help demo test test-all test-oldest lint bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -18,8 +18,11 @@ help: ## Show this list
 demo: $(VENV)/installed ## Train a small MoE language model on this machine, and show what it learned
 	$(VENV)/bin/jmoe-train --preset tiny
 
-test: $(VENV)/installed-dev ## Run all tests
+test: $(VENV)/installed-dev ## Run the tests, with a sample of the long series of cases
 	$(VENV)/bin/python $(PYTEST)
+
+test-all: $(VENV)/installed-dev ## Run all cases of all tests
+	$(VENV)/bin/python $(PYTEST) -m ''
 
 test-oldest: $(OLDEST)/installed-dev ## Run the kernel and layer tests on the oldest supported JAX
 	$(OLDEST)/bin/python $(PYTEST) tests/pallas_kernels tests/jmoe

@@ -35,6 +35,7 @@ from pallas_kernels.device import has_hopper_gpu
 from train.config import EvaluationConfig, TrainConfig, preset
 from train.evaluate import evaluate, make_eval_step
 from train.inputs import corpus_of, tokenizer_of, train_loader, validation_loader
+from train.mesh import Placement
 from train.optimizer import make_optimizer, make_schedule
 from train.step import graph_of, init_state, make_train_step
 
@@ -97,7 +98,7 @@ def _train(config: TrainConfig) -> Record:
     state = jax.jit(lambda: init_state(config.model, optimizer, config.seed))()
     step = make_train_step(graph_of(config.model), optimizer, schedule, config.accumulation_steps)
     seconds, losses, dropped = [], [], []
-    with contextlib.closing(iter(train_loader(config, corpus, tokenizer))) as batches:
+    with contextlib.closing(iter(train_loader(config, corpus, tokenizer, Placement("")))) as batches:
         for batch in itertools.islice(batches, config.steps):
             jax.block_until_ready(batch)
             started = time.perf_counter()
@@ -110,7 +111,7 @@ def _train(config: TrainConfig) -> Record:
         raise ArithmeticError(f"the loss was {losses[-1]} after {config.steps} steps")
 
     timed, last = seconds[_WARM_UP_STEPS:] or seconds, -max(config.steps // 10, 1)
-    validation = validation_loader(config, corpus, tokenizer)
+    validation = validation_loader(config, corpus, tokenizer, Placement(""))
     validations = {
         name: evaluate(make_eval_step(graph_of(model)), state.params, validation, config.evaluation.num_batches).loss
         for name, model in (

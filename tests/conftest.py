@@ -1,5 +1,6 @@
 """Test set-up: run-time checks of array annotations, eight virtual CPU devices, the `gpu` marker, shared fixtures."""
 
+import collections
 import importlib.util
 import os
 import shutil
@@ -13,7 +14,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # The pool has a thread for each core unless this says otherwise; with fewer than warpgroups they would wait
 # for ever.
 os.environ.setdefault("NPROC", "16")
-if not shutil.which("nvidia-smi"):
+if shutil.which("nvidia-smi"):
+    # The references' products are to be right, not fast, and XLA would time dozens of kernels for each.
+    os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"
+else:
     # Most programs here run for milliseconds: optimizing them would be most of the time. On a GPU the tests are
     # to see the programs that users run.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
@@ -37,8 +41,15 @@ def _has_hopper_gpu() -> bool:
     return devices[0].compute_capability == "9.0"
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
 def pytest_collection_modifyitems(items):
-    """Skips tests marked `gpu` where there is no Hopper GPU."""
+    """Marks what samples leave out as `exhaustive`; skips tests marked `gpu` where there is no Hopper GPU."""
+    seen = collections.Counter()
+    for item in items:
+        if sample := item.get_closest_marker("sample"):
+            if seen[item.location[0], item.originalname] % sample.args[0]:
+                item.add_marker("exhaustive")
+            seen[item.location[0], item.originalname] += 1
     if not any(item.get_closest_marker("gpu") for item in items) or _has_hopper_gpu():
         return
     skip = pytest.mark.skip(reason="needs a Hopper GPU (compute capability 9.0)")

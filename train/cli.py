@@ -1,6 +1,7 @@
 """The command line: `jmoe-train` trains; `jmoe-train eval`, `generate` and `tokenizer` do what they say."""
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,8 @@ from train.failure import UserError, describe_os_error, user_errors
 from train.generate import generate_text
 from train.inputs import corpus_of, tokenizer_of, validation_loader
 from train.loop import train
-from train.step import Params, graph_of, init_params, shapes_of
+from train.mesh import Placement
+from train.step import Params, graph_of, init_params
 from train.summary import baselines_of
 from train.terminal import show_bits_per_byte
 from train.tokenizer import train_tokenizer
@@ -72,10 +74,12 @@ class EvalCommand:
     Attributes:
         run: Folder of the run.
         checkpoint: Which checkpoint: the one with the lowest validation loss, the newest, or that of a step.
+        mesh: Axes of the devices and their sizes, as in training; they need not be the same. One device if empty.
     """
 
     run: tyro.conf.Positional[Path]
     checkpoint: Checkpoint = "best"
+    mesh: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,7 @@ class GenerateCommand:
         top_p: Draw from the likeliest tokens that together have this probability only.
         seed: Seed of the draws.
         checkpoint: Which checkpoint: the one with the lowest validation loss, the newest, or that of a step.
+        mesh: Axes of the devices and their sizes, as in training; they need not be the same. One device if empty.
     """
 
     run: tyro.conf.Positional[Path]
@@ -101,6 +106,7 @@ class GenerateCommand:
     top_p: float | None = None
     seed: int = 0
     checkpoint: Checkpoint = "best"
+    mesh: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +149,13 @@ def run_train(arguments: Sequence[str]) -> int:
 def run_eval(arguments: Sequence[str]) -> int:
     """Evaluates a run, as `jmoe-train eval` does; returns the exit code."""
     command = parse(EvalCommand, arguments, prog="jmoe-train eval")
-    config, graph, params = _open(command.run, command.checkpoint)
-    with user_errors():
-        tokenizer, corpus = tokenizer_of(config), corpus_of(config)
-    evaluation = evaluate(make_eval_step(graph), params, validation_loader(config, corpus, tokenizer))
+    config, placement = _config_of(command)
+    with placement.active():
+        graph, params = _open(config, command, placement)
+        with user_errors():
+            tokenizer, corpus = tokenizer_of(config), corpus_of(config)
+        validation = validation_loader(config, corpus, tokenizer, placement)
+        evaluation = evaluate(make_eval_step(graph), params, validation)
     show_bits_per_byte(Console(), evaluation.bits_per_byte(corpus.num_validation_bytes), baselines_of(corpus))
     return 0
 
@@ -154,8 +163,9 @@ def run_eval(arguments: Sequence[str]) -> int:
 def run_generate(arguments: Sequence[str]) -> int:
     """Generates text from a run, as `jmoe-train generate` does; returns the exit code."""
     command = parse(GenerateCommand, arguments, prog="jmoe-train generate")
-    config, graph, params = _open(command.run, command.checkpoint)
-    with user_errors():
+    config, placement = _config_of(command)
+    with placement.active(), user_errors():
+        graph, params = _open(config, command, placement)
         continuation = generate_text(
             graph,
             params,
@@ -182,10 +192,19 @@ def run_tokenizer(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _open(run_dir: Path, checkpoint: str) -> tuple[TrainConfig, nnx.GraphDef[Transformer], Params]:
-    """The configuration of a run, its model, and the parameters in one of its checkpoints."""
-    config = load_config(run_dir)
-    with contextlib.closing(Checkpoints(run_dir, read_only=True)) as checkpoints:
+def _config_of(command: EvalCommand | GenerateCommand) -> tuple[TrainConfig, Placement]:
+    """The configuration of a run on the mesh of a command, and that mesh."""
+    with user_errors():
+        config = dataclasses.replace(load_config(command.run), mesh=command.mesh)
+        return config, Placement(config.mesh)
+
+
+def _open(
+    config: TrainConfig, command: EvalCommand | GenerateCommand, placement: Placement
+) -> tuple[nnx.GraphDef[Transformer], Params]:
+    """The model of a run, and the parameters in one of its checkpoints."""
+    checkpoint = command.checkpoint
+    with contextlib.closing(Checkpoints(command.run, read_only=True)) as checkpoints:
         match checkpoint:
             case "best":
                 step = checkpoints.best_step()
@@ -196,8 +215,8 @@ def _open(run_dir: Path, checkpoint: str) -> tuple[TrainConfig, nnx.GraphDef[Tra
             case _:
                 steps = ", ".join(map(str, checkpoints.steps)) or "none"
                 raise UserError(f"checkpoint must be best, latest or a step that has one ({steps}), got {checkpoint!r}")
-        params = checkpoints.restore_params(step, shapes_of(lambda: init_params(config.model, 0)))
-    return config, graph_of(config.model), params
+        params = checkpoints.restore_params(step, placement.shapes(lambda: init_params(config.model, 0)))
+    return graph_of(config.model), params
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 from jmoe.models import PRESETS as MODEL_PRESETS
 from jmoe.models import TransformerConfig
+from train.mesh import batch_axes, parse_mesh
 
 CONFIG_FILE = "config.yaml"
 
@@ -110,6 +112,8 @@ class TrainConfig:
         sequence_length: Tokens in a sequence.
         accumulation_steps: Parts that a batch is cut into, whose gradients are summed before the update:
             divides the memory for activations, and changes the result by rounding only.
+        mesh: Axes of the devices and their sizes, such as "data=2,expert=4": of data, fsdp (which also splits the
+            parameters), expert and tensor. One device if empty.
         seed: Seed of the initial parameters and of the order of the data.
         log_every: Steps between records of the metrics.
         data: Text or JSON-lines files, folders or globs. None given: the standard library of the running
@@ -126,6 +130,7 @@ class TrainConfig:
     batch_size: int = 16
     sequence_length: int = 1024
     accumulation_steps: int = 1
+    mesh: str = ""
     seed: int = 0
     log_every: int = 10
     data: tuple[str, ...] = ()
@@ -153,6 +158,13 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size must be a multiple of accumulation_steps = {self.accumulation_steps}, "
                 f"got {self.batch_size}"
+            )
+        sizes = parse_mesh(self.mesh)
+        shards = math.prod(sizes[axis] for axis in batch_axes(sizes))
+        if self.batch_size % (self.accumulation_steps * shards):
+            raise ValueError(
+                f"batch_size must be a multiple of accumulation_steps = {self.accumulation_steps} times {shards}, the "
+                f"size of the mesh axes {' x '.join(batch_axes(sizes))}, got {self.batch_size}"
             )
         if self.sequence_length > self.model.max_sequence_length:
             raise ValueError(

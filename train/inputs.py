@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import grain
-import jax
 
 from train.config import TrainConfig
 from train.data import Corpus, load_corpus, make_loader
+from train.mesh import Placement
 from train.step import DeviceBatch
 from train.tokenizer import Tokenizer, load_tokenizer
 
@@ -37,8 +37,10 @@ def tokenizer_of(config: TrainConfig) -> Tokenizer:
     return tokenizer
 
 
-def train_loader(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> grain.IterDataset[DeviceBatch]:
-    """Endless batches of the training documents, put on the device by threads ahead of the step."""
+def train_loader(
+    config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, placement: Placement
+) -> grain.IterDataset[DeviceBatch]:
+    """Endless batches of the training documents, put on the devices by threads ahead of the step."""
     loader = make_loader(
         corpus.train,
         tokenizer,
@@ -46,10 +48,12 @@ def train_loader(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> g
         sequence_length=config.sequence_length,
         seed=config.seed,
     )
-    return grain.experimental.device_put(loader, jax.devices()[0])
+    return grain.experimental.device_put(loader, placement.batch_sharding)
 
 
-def validation_loader(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> grain.IterDataset[DeviceBatch]:
+def validation_loader(
+    config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, placement: Placement
+) -> grain.IterDataset[DeviceBatch]:
     """The validation documents once, shuffled: the first few batches are a fair sample."""
     loader = make_loader(
         corpus.validation,
@@ -58,7 +62,7 @@ def validation_loader(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer)
         sequence_length=config.sequence_length,
         num_epochs=1,
     )
-    return grain.experimental.device_put(loader, jax.devices()[0])
+    return grain.experimental.device_put(loader, placement.batch_sharding)
 
 
 def tokens_per_byte(documents: Sequence[bytes], tokenizer: Tokenizer) -> float:

@@ -15,6 +15,7 @@ from train.evaluate import Evaluation, evaluate, make_eval_step
 from train.failure import UserError, named_os_errors, user_errors
 from train.inputs import corpus_of, tokenizer_of, tokens_per_byte, train_loader, validation_loader
 from train.interrupt import StopRequest
+from train.mesh import Placement, shardings_of
 from train.metrics import (
     EXPERT_LOAD,
     TRAIN_BITS_PER_BYTE,
@@ -23,7 +24,7 @@ from train.metrics import (
     truncate_metrics,
 )
 from train.optimizer import make_optimizer, make_schedule
-from train.step import Metrics, TrainState, graph_of, init_state, make_train_step, shapes_of
+from train.step import Metrics, TrainState, graph_of, init_state, make_train_step
 from train.summary import summarize
 from train.terminal import Terminal
 
@@ -49,12 +50,20 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, console: 
     """
     terminal = Terminal(config.steps, console or Console())
     with user_errors():
+        placement = Placement(config.mesh)
+    with placement.active():
+        return _train(config, run_dir, placement, resume=resume, terminal=terminal)
+
+
+def _train(config: TrainConfig, run_dir: Path, placement: Placement, *, resume: bool, terminal: Terminal) -> int:
+    with user_errors():
         tokenizer = tokenizer_of(config)
         corpus = corpus_of(config)
         graph = graph_of(config.model)
         schedule = make_schedule(config.optimizer, config.steps)
         optimizer = make_optimizer(config.optimizer, config.steps)
-    validation = validation_loader(config, corpus, tokenizer)
+    training = train_loader(config, corpus, tokenizer, placement)
+    validation = validation_loader(config, corpus, tokenizer, placement)
     eval_step = make_eval_step(graph)
 
     def new_state() -> TrainState:
@@ -63,19 +72,21 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, console: 
     with (
         named_os_errors(run_dir),
         contextlib.closing(Checkpoints(run_dir, config.checkpoint)) as checkpoints,
-        contextlib.closing(iter(train_loader(config, corpus, tokenizer))) as batches,
+        contextlib.closing(iter(training)) as batches,
     ):
         if checkpoints.steps and not resume:
             raise UserError(
                 f"run folder {run_dir} holds a run already: continue it with --resume {run_dir}, "
                 "or choose another --run-dir"
             )
+        with user_errors():
+            shapes = placement.shapes(new_state)
         if checkpoints.steps:
-            state, position = checkpoints.restore(checkpoints.latest_step(), shapes_of(new_state))
+            state, position = checkpoints.restore(checkpoints.latest_step(), shapes)
             batches.set_state(position)
         else:
             with user_errors():
-                state = jax.jit(new_state)()
+                state = jax.jit(new_state, out_shardings=shardings_of(shapes))()
         first_step = int(state.step)
         write_config(config, run_dir)
         truncate_metrics(run_dir, first_step)
@@ -84,7 +95,7 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, console: 
         with user_errors():  # Tracing is where the model judges its arguments.
             position, batch = batches.get_state(), next(batches)
             batches.set_state(position)
-            train_step = make_train_step(graph, optimizer, schedule, config.accumulation_steps)
+            train_step = make_train_step(graph, optimizer, schedule, config.accumulation_steps, shardings_of(shapes))
             train_step = train_step.lower(state, batch).compile()
 
         step = first_step
@@ -123,7 +134,7 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, console: 
     if stop.signal and step < config.steps:
         terminal.say(f"Stopped by {stop.signal.name} after step {step}; continue with: jmoe-train --resume {run_dir}")
         return stop.exit_code
-    terminal.show(summarize(config, run_dir, corpus, tokenizer, graph, eval_step, state.params))
+    terminal.show(summarize(config, run_dir, corpus, tokenizer, graph, eval_step, state.params, validation))
     return 0
 
 

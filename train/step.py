@@ -1,6 +1,5 @@
 """The training state and the one compiled step that advances it."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -71,17 +70,12 @@ def _with_updated_biases(
     return nnx.to_pure_dict(nnx.state(model))
 
 
-def shapes_of[T](make: Callable[[], T]) -> T:
-    """Shapes and dtypes of the arrays that `make` would make, on this process's first device."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), jax.eval_shape(make))
-
-
 def make_train_step(
     graph: nnx.GraphDef[Transformer],
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     accumulation_steps: int = 1,
+    shardings: PyTree[jax.sharding.Sharding] | None = None,
 ) -> jax.stages.Wrapped:
     """One update of the parameters from one batch, under `jax.jit`.
 
@@ -97,6 +91,7 @@ def make_train_step(
         optimizer: What turns gradients into updates.
         schedule: The optimizer's learning rate, to report.
         accumulation_steps: Parts of a batch.
+        shardings: How the new state shall lie on a mesh, for each of its arrays; None leaves it to the compiler.
 
     Returns:
         A function of the state (whose buffers it takes over) and a batch, that returns the new state and
@@ -120,7 +115,8 @@ def make_train_step(
 
     def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
         num_targets = batch["mask"].sum()
-        parts = jax.tree.map(lambda a: a.reshape(accumulation_steps, -1, *a.shape[1:]), batch)
+        # Every n-th sequence to a part: then each device has its share of every part already.
+        parts = jax.tree.map(lambda a: a.reshape(-1, accumulation_steps, *a.shape[1:]).swapaxes(0, 1), batch)
         differentiate = jax.grad(objective, has_aux=True)
         weights, biases = _weights_and_biases(graph, state.params)
 
@@ -140,4 +136,4 @@ def make_train_step(
         metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import grain
 from flax import nnx
 
 from jmoe.models import Transformer
@@ -13,9 +14,8 @@ from train.config import TrainConfig
 from train.data import Corpus
 from train.evaluate import EvalStep, evaluate
 from train.generate import generate_text
-from train.inputs import validation_loader
 from train.plots import plot_expert_load, plot_losses
-from train.step import Params
+from train.step import DeviceBatch, Params
 from train.tokenizer import Tokenizer
 
 SUMMARY_FILE = "summary.json"
@@ -58,9 +58,10 @@ def summarize(
     graph: nnx.GraphDef[Transformer],
     eval_step: EvalStep,
     params: Params,
+    validation: grain.IterDataset[DeviceBatch],
 ) -> Summary:
     """Evaluates on all of the validation text, draws a sample and the plots, writes `summary.json`."""
-    evaluation = evaluate(eval_step, params, validation_loader(config, corpus, tokenizer))
+    evaluation = evaluate(eval_step, params, validation)
     bits_per_byte = evaluation.bits_per_byte(corpus.num_validation_bytes)
     baselines = baselines_of(corpus)
     prompt = config.evaluation.sample_prompt

@@ -5,6 +5,7 @@ import pytest
 from benchmarks import capacity
 
 
+@pytest.mark.exhaustive
 def test_the_program_trains_dropless_and_with_a_capacity_and_continues_its_file(run_program, tmp_path, capsys):
     file, text = tmp_path / "results.json", tmp_path / "text"
     text.mkdir()

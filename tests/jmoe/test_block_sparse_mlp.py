@@ -41,6 +41,7 @@ def with_implementation(problem, implementation):
     return dataclasses.replace(problem, options=problem.options | {"implementation": implementation})
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("tokens", "experts", "top_k", "options"), CASES)
 def test_the_block_sparse_path_equals_the_grouped_one_forward_and_backward(
     tokens, experts, top_k, options, make_problem, relative_error
@@ -58,6 +59,7 @@ def test_the_block_sparse_path_equals_the_grouped_one_forward_and_backward(
         assert relative_error(gradients[name], expected[name]) < 1e-5, name
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("weight_on", ["output", "input"])
 def test_remat_gives_the_same_and_keeps_no_pre_activations(weight_on, make_problem, relative_error):
     results, kept = [], []
@@ -75,6 +77,7 @@ def test_remat_gives_the_same_and_keeps_no_pre_activations(weight_on, make_probl
     assert kept[0] - kept[1] == 2 * 64 * 7 * 64  # 200 rows in four groups: up to seven blocks of 64
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("weight_on", ["output", "input"])
 def test_absent_assignments_and_nan_weights_of_theirs_change_nothing(weight_on, make_problem, relative_error):
     problem = make_problem(50, 4, 3, hidden=64, bias=True, weight_on=weight_on)
@@ -114,6 +117,7 @@ def side_by_side(parameters, axis):
     return jnp.concatenate(parameters, axis)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
 def test_experts_of_different_widths_match_the_formulas(activation, bias, relative_error):

@@ -51,6 +51,7 @@ def output_and_gradients(apply, state, x, weights, expert_index, dy):
     return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(state, x, weights))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 def test_each_shards_own_tokens_give_the_output_and_gradients_of_one_device(kind, module, tokens, relative_error):
     graphdef, state = nnx.split(module)

@@ -57,6 +57,7 @@ def test_each_assignment_gets_the_frozen_kernel_and_its_experts_adapter(kernel_k
     assert relative_error(y, np.einsum("tkn,tk->tn", v, np.nan_to_num(routing.weight))) < 2e-6
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kernel_kind", ["dense", "experts"])
 @pytest.mark.parametrize("flat", [False, True])
 def test_the_merged_kernel_gives_the_same_from_and_to_every_order(kernel_kind, flat, routing, relative_error):

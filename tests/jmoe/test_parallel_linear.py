@@ -123,11 +123,13 @@ def assert_matches(relative_error):
     return check
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("source", "target"), PATHS)
 def test_every_path_and_its_gradients_match_the_formulas(source, target, make_problem, assert_matches):
     assert_matches(make_problem(source, target))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("length", "features", "top_k", "bias"),
     [
@@ -173,6 +175,7 @@ def test_named_implementations_agree(implementation, make_problem, assert_matche
     assert_matches(make_problem("tokens", "tokens"), implementation=implementation)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("source", "target"), PATHS)
 def test_absent_assignments_leak_nothing_even_where_memory_holds_nan(source, target, make_problem, assert_matches):
     problem = make_problem(source, target, tokens=9, top_k=3)

@@ -59,6 +59,7 @@ def select_with_nan(dense, topology):
     return jnp.where(topology.is_block[:, None, None], values, jnp.nan)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 @pytest.mark.parametrize(("m", "k", "n", "sparsity"), SHAPES)
 def test_sdd_and_its_gradients_match_masked_dense_products(m, k, n, sparsity, dtype, normal, relative_error):
@@ -89,6 +90,7 @@ def test_sdd_and_its_gradients_match_masked_dense_products(m, k, n, sparsity, dt
             assert relative_error(result, value) < TOLERANCE[dtype]
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("operation", [dsd, dds])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 @pytest.mark.parametrize(("m", "k", "n", "sparsity"), SHAPES)
@@ -141,6 +143,7 @@ MASKS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_any_topology_is_traced_and_multiplied(mask, implementation, normal, relative_error):

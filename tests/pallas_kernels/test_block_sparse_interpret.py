@@ -55,6 +55,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("name", "transpose_lhs", "transpose_rhs", "dtype", "out_dtype"), CASES)
 def test_the_kernel_of_sparse_results_matches_dense_products_and_clears_padding(
     name, transpose_lhs, transpose_rhs, dtype, out_dtype, interpret, normal, relative_error
@@ -79,6 +80,7 @@ def test_the_kernel_of_sparse_results_matches_dense_products_and_clears_padding(
     assert relative_error(product, wide(lhs) @ wide(rhs) * expand(topology)) < TOLERANCE[out_dtype]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "transpose_sparse", "transpose_dense", "transpose_out", "dtype", "out_dtype"),
     [
@@ -151,6 +153,7 @@ def lower(function, *arrays, h100):
         return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("shape", "flags"), [*((SHAPES[0], flags) for flags in FLAGS), *zip(SHAPES[1:], FLAGS, strict=False)], ids=str
 )

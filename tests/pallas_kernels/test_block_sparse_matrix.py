@@ -42,6 +42,7 @@ def check_metadata(topology, mask):
     assert sorted(covered) == list(range(n))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("block", [64, 128, 512])
 @pytest.mark.parametrize(
     "mask",

@@ -216,6 +216,7 @@ def options_of(config, **fields):
     }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("k", "n", "sizes", "transpose_rhs", "fields"),
     [
@@ -248,6 +249,7 @@ def zero_rows(tile, first, last):
     tile[...] = jnp.where((row >= first) & (row < last), tile[...], 0)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("gathered", ["lhs", "out_grad"])
 @pytest.mark.parametrize(("k", "n", "sizes"), [(128, 128, SIZES), (192, 192, SIZES), (64, 64, [0, 250, 0])])
 def test_the_interpreted_weight_gradient_gathers_one_operand(

@@ -87,6 +87,7 @@ def gradients(lhs, rhs, group_sizes, implementation=None):
 BATCHED_SIZES = jnp.array([[37, 0, 0], [1, 2, 3], [30, 30, 30], [0, 0, 36]])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("axes", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0), (1, -1, 0)], ids=str)
 def test_vmap_over_any_operand_gives_each_elements_product_and_gradients(

@@ -55,6 +55,7 @@ class Case:
 SIZES = [101, 0, 77, 50]  # of 250 rows, in 128-row blocks that start at multiples of 8
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "case",
     [

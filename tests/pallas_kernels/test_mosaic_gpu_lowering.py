@@ -44,12 +44,14 @@ def with_config(operation, **fields):
     return functools.partial(kernel, config=config(**fields), **common)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_kernel_is_chosen_and_lowers_for_every_shape(operation, shape, lower_for_cuda):
     assert "mosaic_gpu" in lower_for_cuda(*call(operation, *SHAPES[shape]))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("dtype", "out_dtype"),
     [(jnp.bfloat16, jnp.float32), (jnp.float16, jnp.float16), (jnp.float16, jnp.float32)],

@@ -8,7 +8,8 @@ import pytest
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig
 from train.failure import UserError
-from train.step import TrainState, shapes_of
+from train.mesh import Placement
+from train.step import TrainState
 
 
 def _state(step, width=3):
@@ -37,7 +38,7 @@ def test_a_checkpoint_gives_back_the_state_and_the_position_and_parameters_alone
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
         _save_all(checkpoints, {5: None})
     with contextlib.closing(Checkpoints(tmp_path, read_only=True)) as checkpoints:
-        shapes = shapes_of(lambda: _state(0))
+        shapes = Placement("").shapes(lambda: _state(0))
         state, position = checkpoints.restore(5, shapes)
         params = checkpoints.restore_params(5, shapes.params)
     assert position == {"next": 5}
@@ -54,7 +55,7 @@ def test_a_save_holds_the_values_of_its_step_though_the_next_step_takes_over_the
         for _ in range(20):
             state = advance(state)
         checkpoints.wait()
-        saved, _ = checkpoints.restore(1, shapes_of(lambda: _state(0, width=100_000)))
+        saved, _ = checkpoints.restore(1, Placement("").shapes(lambda: _state(0, width=100_000)))
     jax.tree.map(np.testing.assert_array_equal, saved, _state(0, width=100_000))
 
 
@@ -62,7 +63,7 @@ def test_another_shape_is_named_with_both_shapes(tmp_path):
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
         _save_all(checkpoints, {1: None})
         with pytest.raises(UserError, match=r"params groups\.0\.kernel is \[2, 3\] there and \[2, 4\] here"):
-            checkpoints.restore(1, shapes_of(lambda: _state(0, width=4)))
+            checkpoints.restore(1, Placement("").shapes(lambda: _state(0, width=4)))
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path):

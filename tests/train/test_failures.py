@@ -88,6 +88,7 @@ def test_a_run_folder_in_use_is_not_overwritten(finished, arguments, capsys):
     assert _fingerprint(run) == before
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("free", "settings"),
     [

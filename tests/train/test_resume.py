@@ -11,9 +11,10 @@ import pytest
 
 from train.arguments import load_config
 from train.checkpoint import Checkpoints
+from train.mesh import Placement
 from train.metrics import read_metrics
 from train.optimizer import make_optimizer
-from train.step import init_state, shapes_of
+from train.step import init_state
 
 # What depends on the clock.
 _CLOCK = {"time", "train/tokens_per_second"}
@@ -47,6 +48,7 @@ def test_a_run_killed_before_its_first_checkpoint_and_during_a_save_ends_bit_for
     assert not list((killed / "checkpoints").glob("*-tmp"))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_step_under_way_and_says_how_to_continue(number, exit_code, arguments, start, tmp_path):
     arguments = [*arguments, "--steps", "400", "--log-every", "1", "--checkpoint.every", "400"]
@@ -113,7 +115,7 @@ def _comparable(records):
 def _final_state(run):
     config = load_config(run)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    shapes = shapes_of(lambda: init_state(config.model, optimizer, 0))
+    shapes = Placement("").shapes(lambda: init_state(config.model, optimizer, 0))
     with contextlib.closing(Checkpoints(run, read_only=True)) as checkpoints:
         state, position = checkpoints.restore(checkpoints.latest_step(), shapes)
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)], position

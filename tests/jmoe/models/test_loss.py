@@ -136,6 +136,7 @@ def test_the_load_may_be_balanced_by_sequence_or_over_all_layers(compiled_loss, 
         np.testing.assert_allclose(aux.load_balancing_loss, value, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_layers_that_are_not_scanned_give_the_same(compiled_loss, batch, remat):
     step, model = compiled_loss

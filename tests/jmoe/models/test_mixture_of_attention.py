@@ -147,6 +147,7 @@ def test_a_cache_gives_one_token_at_a_time_what_the_whole_sequence_gives(relativ
     assert relative_error(jnp.concatenate(parts, axis=1), expected) < 2e-6
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_a_mesh_gives_the_output_and_gradients_of_one_device(kind, relative_error):
     layer, x = make(use_bias=True), inputs(8, 5)
