@@ -55,16 +55,16 @@ def peak_bytes(kind, num_devices, **options):
     return exchange, memory.temp_size_in_bytes
 
 
-def test_the_peak_of_the_all_to_all_is_a_matter_of_its_chunk():
+@pytest.mark.parametrize("slack", [1.125, pytest.param(2.25, marks=pytest.mark.exhaustive)])
+def test_the_peak_of_the_all_to_all_is_a_matter_of_its_chunk(slack):
     """The worst routing, of all tokens to one expert, has n times the rows of random routing."""
-    _, of_gather = peak_bytes(Gather, 8)
-    for slack in (1.125, 2.25):
-        exchange, peak = peak_bytes(AllToAll, 8, slack=slack)
-        received = 8 * exchange.chunk(T, K, NUM_LOCAL)
-        rows = 8 * exchange.room_for_rows(T * K, NUM_LOCAL)
-        parameters = NUM_LOCAL * 3 * D * F
-        assert peak < 4 * (7 * received * D + 3 * rows * (2 * F + D) + 4 * T * D + 2 * parameters)
-        assert peak < of_gather * slack
+    exchange, peak = peak_bytes(AllToAll, 8, slack=slack)
+    received = 8 * exchange.chunk(T, K, NUM_LOCAL)
+    rows = 8 * exchange.room_for_rows(T * K, NUM_LOCAL)
+    parameters = NUM_LOCAL * 3 * D * F
+    assert peak < 4 * (7 * received * D + 3 * rows * (2 * F + D) + 4 * T * D + 2 * parameters)
+    if slack == 1.125:
+        assert peak < 0.75 * peak_bytes(Gather, 8)[1]
 
 
 @pytest.mark.parametrize("kind", [Gather, Ring, AllToAll])

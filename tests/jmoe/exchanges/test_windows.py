@@ -16,7 +16,7 @@ EXPERTS, HIDDEN = 4, 64
 @pytest.mark.parametrize(
     ("implementation", "flat", "remat", "max_rows"),
     [
-        pytest.param("xla", False, False, 24, id="grouped"),
+        pytest.param("xla", False, False, 24, id="grouped", marks=pytest.mark.exhaustive),
         pytest.param("block_sparse", False, False, 16, id="block-sparse"),
         pytest.param("xla", True, True, 8, id="assignments-remat", marks=pytest.mark.exhaustive),
     ],
