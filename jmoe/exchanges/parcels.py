@@ -19,6 +19,8 @@ class Plan(NamedTuple):
         routing: of each unit.
         shard_of: the shard of each assignment; n where it is absent.
         wants: how many assignments each unit has for each shard.
+        rank: how many units before each one go to a shard.
+        load: how many assignments units up to each one have for a shard.
     """
 
     num_tokens: int
@@ -28,16 +30,12 @@ class Plan(NamedTuple):
     routing: Routing
     shard_of: Int32[Array, "U K"]
     wants: Int32[Array, "n U"]
-
-    @property
-    def rank(self) -> Int32[Array, "n U"]:
-        """How many units before this one go to a shard."""
-        goes = self.wants > 0
-        return jnp.cumsum(goes, axis=1, dtype=jnp.int32) - goes
+    rank: Int32[Array, "n U"]
+    load: Int32[Array, "n U"]
 
     def remains(self, sent: "Sent") -> Bool[Array, ""]:
         """Says whether anything is left to be sent."""
-        return ((self.wants > 0).sum(axis=1, dtype=jnp.int32) > sent.units).any()
+        return (self.load[:, -1] > sent.assignments).any()
 
     def nothing_sent(self) -> "Sent":
         """Returns the state before the first round."""
@@ -107,7 +105,9 @@ def make_plan(
     present = (index >= 0) & (index < num_shards * num_local)
     shard_of = jnp.where(present, index // num_local, num_shards)  # [U, K]
     wants = jnp.sum(shard_of == jnp.arange(num_shards)[:, None, None], axis=2, dtype=jnp.int32)
-    return Plan(num_tokens, chunk, room, token_index, routing, shard_of, wants)
+    goes = wants > 0
+    rank = jnp.cumsum(goes, axis=1, dtype=jnp.int32) - goes
+    return Plan(num_tokens, chunk, room, token_index, routing, shard_of, wants, rank, jnp.cumsum(wants, axis=1))
 
 
 def pack(plan: Plan, sent: Sent) -> tuple[Parcel, Sent]:
@@ -124,7 +124,7 @@ def pack(plan: Plan, sent: Sent) -> tuple[Parcel, Sent]:
     num_shards, num_units = plan.wants.shape
     num_rows = num_shards * plan.chunk
     place = plan.rank - sent.units[:, None]
-    load = jnp.cumsum(plan.wants, axis=1) - sent.assignments[:, None]
+    load = plan.load - sent.assignments[:, None]
     is_sent = (plan.wants > 0) & (place >= 0) & (place < plan.chunk) & (load <= plan.room)
     first = plan.chunk * jnp.arange(num_shards, dtype=jnp.int32)
     row = jnp.where(is_sent, first[:, None] + place, num_rows)  # [n, U]
