@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 
 import jmoe
@@ -81,10 +82,10 @@ def expert_mesh(num_devices):
     return jax.make_mesh((num_devices,), ("expert",), (AxisType.Auto,), devices=jax.devices()[:num_devices])
 
 
-def check(exchange, num_devices, routing, num_tokens, num_experts, top_k, relative_error, **options):
+def check(exchange, mesh, routing, num_tokens, num_experts, top_k, relative_error, **options):
     problem = arguments(routing, num_tokens, num_experts, top_k)
     expected = jax.tree.leaves_with_path(compiled("auto", **options)(*problem))
-    with jax.set_mesh(expert_mesh(num_devices)):
+    with jax.set_mesh(mesh):
         actual = jax.tree.leaves(compiled(exchange, **options)(*problem))
     for (path, wanted), got in zip(expected, actual, strict=True):
         assert np.isfinite(wanted).all()
@@ -97,7 +98,7 @@ def test_outputs_and_gradients_equal_those_of_one_device(
     exchange, top_k, experts_per_device, num_devices, routing, relative_error
 ):
     num_experts = experts_per_device * num_devices
-    check(exchange, num_devices, routing, TOKENS * num_devices, num_experts, top_k, relative_error)
+    check(exchange, expert_mesh(num_devices), routing, TOKENS * num_devices, num_experts, top_k, relative_error)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_outputs_and_gradients_equal_those_of_one_device(
 )
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_tokens_that_the_devices_do_not_divide_are_on_all_of_them(exchange, routing, relative_error):
-    check(exchange, 2, routing, 2 * TOKENS + 1, 4, 2, relative_error)
+    check(exchange, expert_mesh(2), routing, 2 * TOKENS + 1, 4, 2, relative_error)
 
 
 @pytest.mark.exhaustive
@@ -117,7 +118,16 @@ def test_tokens_that_the_devices_do_not_divide_are_on_all_of_them(exchange, rout
     ids=["weight-on-input", "remat", "gate-of-the-users"],
 )
 def test_options_of_the_mlps_do_what_they_do_on_one_device(options, exchange, routing, relative_error):
-    check(exchange, 4, routing, 4 * TOKENS, 8, 2, relative_error, **options)
+    check(exchange, expert_mesh(4), routing, 4 * TOKENS, 8, 2, relative_error, **options)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_tokens_are_exchanged_along_those_expert_axes_that_they_are_on(exchange, routing, relative_error):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    with nnx.logical_axis_rules([("batch", "data"), ("expert", ("model", "data"))]):
+        check(exchange, mesh, routing, 4 * TOKENS, 8, 2, relative_error)
 
 
 @pytest.mark.parametrize(
