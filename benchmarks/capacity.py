@@ -74,7 +74,7 @@ def measure(setting: str, asked: Record, *, seed: int) -> Record:
         asked: The preset, and the fields of `TrainConfig` that are not the preset's.
         seed: Of the parameters and the order of the text.
     """
-    record: Record = {"setting": setting, **asked, "commit": commit()}
+    record: Record = {"setting": setting, "asked": asked, **asked, "commit": commit()}
     try:
         config = configure(asked, seed)
         model = dataclasses.replace(config.model, capacity_factor=SETTINGS[setting])
@@ -173,16 +173,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     method = METHOD.format(warm_up=_WARM_UP_STEPS, batches=options.validation_batches, seed=options.seed)
     results = open_results(parser, options, method, environment)
     for setting in settings:
-        wanted = {"setting": setting, **asked}
-        if any(wanted.items() <= record.items() for record in results.records):
+        wanted = {"setting": setting, "asked": asked}
+        there = [record for record in results.records if {name: record.get(name) for name in wanted} == wanted]
+        if any("failure" not in record for record in there):
             console.print(f"{setting}: in {results.path} already")
             continue
         try:
             with new_process() as process:
                 record = process.submit(measure, setting, asked, seed=options.seed).result()
         except BrokenProcessPool:
-            record = wanted | {"failure": "its process died"}
-        results.replace([*results.records, record])
+            record = {**asked, **wanted, "failure": "its process died"}
+        results.replace([*(record for record in results.records if record not in there), record])
         console.print(f"{setting}: {record.get('failure', 'done')}")
     show(results.records, environment["hardware"]["device"], console)
     console.print(f"Written to {results.path}")

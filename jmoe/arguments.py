@@ -1,8 +1,11 @@
 """Checks of arguments, which name the argument, what it is and what it must be."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jmoe.activations import is_gated
@@ -49,6 +52,29 @@ def check_mlp_side_by_side(x, parameters, routing, activation, weight_on, hidden
         check_array("b_up", parameters.b_up, (up,), sizes, remedy)
     if parameters.b_down is not None:
         check_array("b_down", parameters.b_down, ("E", "D"), sizes)
+
+
+def check_choice(name: str, choice: Any, allowed: Sequence[Any]) -> None:
+    """Raises a ValueError unless an option is one of its values."""
+    if choice not in allowed:
+        raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(map(repr, allowed))}.")
+
+
+def check_layer_input(x: Array, features: int, mask: Array | None, router_inputs: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless the arguments of a call of `jmoe.MoE` fit each other."""
+    if not x.ndim or x.shape[-1] != features or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x is {x.dtype}{list(x.shape)}; it must be a floating-point array [..., D={features}].")
+    if "key" in router_inputs:
+        raise ValueError("key is given; random keys for the router come from rngs=flax.nnx.Rngs(...).")
+    batch = list(x.shape[:-1])
+    for name, array in {**router_inputs, **({} if mask is None else {"mask": mask})}.items():
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise ValueError(f"{name} is {array!r}; it must be an array {[*batch, '...']}: of each token of x.")
+    if mask is not None and (list(mask.shape) != batch or mask.dtype != jnp.bool_):
+        raise ValueError(f"mask is {mask.dtype}{list(mask.shape)}; it must be bool{batch}: one for each token of x.")
+    for name, array in router_inputs.items():
+        if list(array.shape[: len(batch)]) != batch:
+            raise ValueError(f"{name} is {list(array.shape)}; it must be {[*batch, '...']}: of each token of x.")
 
 
 def _check_input(x, routing, activation, weight_on) -> bool:

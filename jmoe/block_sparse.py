@@ -12,12 +12,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from jmoe.activations import Activation, activate, is_gated, value_and_derivative
 from jmoe.combine import combine, group_sum
 from jmoe.dispatch import Dispatch
 from jmoe.rows import accumulator, accumulator_dtype
+from pallas_kernels import Implementation
 from pallas_kernels.activation_gradient.reference import go_back
 from pallas_kernels.block_sparse import BlockSparseMatrix, Topology, dds, dsd, expert_topology, sdd
 from pallas_kernels.block_sparse.topology import padded_bounds
@@ -35,12 +36,14 @@ class Options:
         weight_on: as in `moe_mlp`.
         remat: as in `moe_mlp`.
         hidden_sizes: F of each expert.
+        implementation: of the products; None for the fastest that can run.
     """
 
     activation: Activation
     weight_on: str
     remat: bool
     hidden_sizes: tuple[int, ...]
+    implementation: Implementation | None
 
     @property
     def block(self) -> int:
@@ -53,14 +56,15 @@ class Options:
         return tuple(2 * size for size in self.hidden_sizes) if is_gated(self.activation) else self.hidden_sizes
 
 
-def check_hidden_sizes(hidden_sizes: tuple[int, ...]) -> None:
-    """Raises a ValueError where experts cannot be cut into blocks."""
-    smallest = _BLOCKS[-1]
+def check_hidden_sizes(name: str, hidden_sizes: tuple[int, ...], shards: int = 1) -> None:
+    """Raises a ValueError that names the argument where experts, each in that many shards, do not come in blocks."""
+    fastest, smallest = (block * shards for block in _BLOCKS)
     for size in hidden_sizes:
         if size < 1 or size % smallest:
+            split = f", since the mesh splits them into {shards}" if shards > 1 else ""
             raise ValueError(
-                f"an expert has {size} hidden features; block-sparse MLPs need positive multiples of {smallest} "
-                f"(of {_BLOCKS[0]}, where all are, for the fastest kernels)."
+                f"{name} has an expert of {size} hidden features; block-sparse MLPs need positive multiples of "
+                f"{smallest} (of {fastest}, where all are, for the fastest kernels){split}."
             )
 
 
@@ -113,11 +117,11 @@ def outputs(options, x, parameters, weight, dispatch):
     # Where layers are scanned, XLA would compute h twice: for the stack of all layers' h, and for the activation.
     h = h.with_values(lax.optimization_barrier(h.values))
     a = _activate(options, h, layout)
-    y_rows = dsd(a, flat.w_down.astype(x.dtype))
+    y_rows = dsd(a, flat.w_down.astype(x.dtype), implementation=options.implementation)
     if flat.b_down is not None:
         y_rows = (accumulator(y_rows) + _of_rows(flat.b_down, layout)).astype(x.dtype)
-    y = combine(y_rows, weight if options.weight_on == "output" else None, layout.rows, x.shape[0])
-    return y, h.values
+    weight = weight if options.weight_on == "output" else None
+    return combine(y_rows, weight, layout.rows, x.shape[0], options.implementation), h.values
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -125,17 +129,23 @@ def gradients(options, residuals, dy):
     """Computes the gradients of x, the parameters and the weights; the pre-activations too where they were not kept."""
     x, parameters, weight, dispatch, h = residuals
     # Without the barrier XLA would compute once what forward and backward share, and keep it in between.
-    dispatch, dy = lax.optimization_barrier((dispatch, dy))
+    # Parameters that are used as they came have no copy to keep, and where layers are scanned a barrier would make one.
+    if parameters.w_up.ndim == 3 or any(p is not None and p.dtype != x.dtype for p in parameters):
+        dispatch, parameters, dy = lax.optimization_barrier((dispatch, parameters, dy))
+    else:
+        dispatch, dy = lax.optimization_barrier((dispatch, dy))
     layout = _make_layout(options, dispatch, x.shape[0])
     flat = _flatten(parameters)
     h = _up(options, x, flat, weight, layout) if h is None else BlockSparseMatrix(h, layout.up)
     x_rows, dy_rows = _gather(x, layout), _gather(dy, layout)  # [R, D]
     scale = _weight_of_rows(weight, layout)
+    implementation = options.implementation
     on_output = options.weight_on == "output"
 
-    da = sdd(dy_rows, flat.w_down.astype(x.dtype), layout.hidden, transpose_rhs=True)
+    w_down = flat.w_down.astype(x.dtype)
+    da = sdd(dy_rows, w_down, layout.hidden, transpose_rhs=True, implementation=implementation)
     dh, a, of_weight = _go_back(options, h, da, scale if on_output else None, layout)
-    dw_down = dsd(a.T, dy_rows, preferred_element_type=flat.w_down.dtype)
+    dw_down = dsd(a.T, dy_rows, preferred_element_type=flat.w_down.dtype, implementation=implementation)
     dweight = _sum_rows(of_weight, options)
     db_down = None
     if flat.b_down is not None:
@@ -144,15 +154,15 @@ def gradients(options, residuals, dy):
         dv = scale[:, None] * wide_dy if on_output else wide_dy
         db_down = group_sum(dv, layout.rows.group_sizes).astype(flat.b_down.dtype)
 
-    dx_rows = dsd(dh, flat.w_up.astype(x.dtype), transpose_rhs=True)  # [R, D]
-    db_up = None if flat.b_up is None else dh.sum(axis=0).astype(flat.b_up.dtype)
+    dx_rows = dsd(dh, flat.w_up.astype(x.dtype), transpose_rhs=True, implementation=implementation)  # [R, D]
+    db_up = None if flat.b_up is None else _sum_columns(options, dh).astype(flat.b_up.dtype)
     if on_output:
-        dx = combine(dx_rows, None, layout.rows, x.shape[0])
+        dx = combine(dx_rows, None, layout.rows, x.shape[0], implementation)
     else:
         dweight = jnp.sum(accumulator(x_rows) * accumulator(dx_rows), axis=1)
-        dx = combine(dx_rows, weight, layout.rows, x.shape[0])
+        dx = combine(dx_rows, weight, layout.rows, x.shape[0], implementation)
         dh = dh.with_values((accumulator(dh.values) * _of_blocks(scale, dh, axis=0)).astype(dh.dtype))
-    dw_up = dds(x_rows, dh, transpose_lhs=True, preferred_element_type=flat.w_up.dtype)
+    dw_up = dds(x_rows, dh, transpose_lhs=True, preferred_element_type=flat.w_up.dtype, implementation=implementation)
 
     of_flat = flat._replace(w_up=dw_up, w_down=dw_down, b_up=db_up, b_down=db_down)
     dweight = layout.rows.from_rows(dweight).astype(weight.dtype)
@@ -197,7 +207,13 @@ def _up(options, x, flat, weight, layout) -> BlockSparseMatrix:
     """Computes the pre-activations."""
     exact = options.weight_on == "input" or flat.b_up is not None
     dtype = accumulator_dtype(x) if exact else x.dtype
-    h = sdd(_gather(x, layout), flat.w_up.astype(x.dtype), layout.up, preferred_element_type=dtype)
+    h = sdd(
+        _gather(x, layout),
+        flat.w_up.astype(x.dtype),
+        layout.up,
+        preferred_element_type=dtype,
+        implementation=options.implementation,
+    )
     if options.weight_on == "input":
         # After the product, which is still in float32: (w x) W = w (x W).
         h = h.map(lambda values: values * _of_blocks(_weight_of_rows(weight, layout), h, axis=0))
@@ -232,8 +248,10 @@ def _go_back(
         at = layout.hidden.row_offsets.at[row].get(mode="clip") + in_row % width
         gate, up = (gradient.at[at].get(mode="clip") for gradient in gradients)
         dh = jnp.where((in_row >= width)[:, None, None], up, gate)
-    dh = jnp.where(layout.up.is_block[:, None, None], dh, 0)
-    a, of_weight = (jnp.where(layout.hidden.is_block[:, None, None], v, 0) for v in (a, of_weight))
+    # Rows that only fill a block have no NaN of an activation at 0 either.
+    dh = jnp.where(_of_blocks(layout.is_row, h, axis=0), dh, 0)
+    of_rows = _of_blocks(layout.is_row, da, axis=0)
+    a, of_weight = (jnp.where(of_rows, v, 0) for v in (a, of_weight))
     return h.with_values(dh.astype(h.dtype)), da.with_values(a.astype(h.dtype)), da.with_values(of_weight)
 
 
@@ -268,7 +286,19 @@ def _sum_rows(matrix: BlockSparseMatrix, options: Options) -> Float[Array, " R"]
     return jnp.where(inside[:, :, None], of_rows, 0).sum(axis=1).ravel()
 
 
-def _of_blocks(vector: Float[Array, " _"], matrix: BlockSparseMatrix, *, axis: int) -> Float[Array, "B _ _"]:
+def _sum_columns(options: Options, matrix: BlockSparseMatrix) -> Float[Array, " columns"]:
+    """Sums the elements of each column, whose padding is zero, in as many steps as a product takes."""
+    ones = jnp.ones((_BLOCKS[-1], matrix.shape[0]), matrix.dtype)  # as few as the kernels take
+    return dds(
+        ones,
+        matrix,
+        precision="highest",
+        preferred_element_type=accumulator_dtype(matrix.values),
+        implementation=options.implementation,
+    )[0]
+
+
+def _of_blocks(vector: Shaped[Array, " _"], matrix: BlockSparseMatrix, *, axis: int) -> Shaped[Array, "B _ _"]:
     """Cuts a value for each row (axis 0) or column (axis 1) of a matrix along its blocks."""
     index = matrix.column_indices if axis else matrix.row_indices
     of_lines = vector.reshape(-1, matrix.block).at[index].get(mode="fill", fill_value=0)

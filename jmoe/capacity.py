@@ -5,12 +5,11 @@ from fractions import Fraction
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.dispatch import check_routing, make_dispatch
 from jmoe.losses import AxisName
 from jmoe.routing import ABSENT, Assignments, Routing, is_present
-from jmoe.sharding import as_axes
 
 
 def expert_capacity(capacity_factor: float, num_assignments: int, num_experts: int) -> int:
@@ -30,18 +29,37 @@ def expert_capacity(capacity_factor: float, num_assignments: int, num_experts: i
 
 
 def limited_by_factor[R: Routing | Assignments](
-    routing: R, num_experts: int, capacity_factor: float, axis_name: AxisName
+    routing: R,
+    num_experts: int,
+    capacity_factor: float,
+    *,
+    num_assignments: int,
+    batch_shape: tuple[int, ...],
+    batch_axes: tuple[tuple[str, ...], ...],
 ) -> tuple[R, Float[Array, ""]]:
     """Limits each expert to `capacity_factor` times its share of the assignments of all shards.
+
+    Args:
+        routing: of this shard's tokens.
+        num_experts: E.
+        capacity_factor: as in `expert_capacity`.
+        num_assignments: what the share is of: R = T * K of this shard.
+        batch_shape: the dimensions of this shard's tokens.
+        batch_axes: the mesh axes that each of them is sharded over; nothing on one device.
 
     Returns:
         The routing without what was dropped, and the share of the assignments to the E experts that it was.
     """
-    num_shards = math.prod(lax.axis_size(axis) for axis in as_axes(axis_name))
-    capacity = expert_capacity(capacity_factor, num_shards * routing.expert_index.size, num_experts)
-    limited = limit_to_capacity(routing, num_experts, capacity, axis_name=axis_name)
+    all_axes = tuple(axis for axes in batch_axes for axis in axes)
+    num_shards = math.prod(lax.axis_size(axis) for axis in all_axes)
+    capacity = expert_capacity(capacity_factor, num_shards * num_assignments, num_experts)
+    if isinstance(routing, Routing):
+        has_place = _has_place_in_token_order(routing.expert_index, num_experts, capacity, batch_shape, batch_axes)
+    else:
+        has_place = _has_place(routing.expert_index[:, None], num_experts, capacity, all_axes)[:, 0]
+    limited = routing.where(has_place)
     counts = [is_present(r.expert_index, num_experts).sum() for r in (routing, limited)]
-    wanted, kept = lax.psum(counts, axis_name)
+    wanted, kept = lax.psum(counts, all_axes)
     return limited, (wanted - kept) / jnp.maximum(wanted, 1).astype(jnp.float32)
 
 
@@ -53,7 +71,7 @@ def limit_to_capacity[R: Routing | Assignments](
     First come, first served: the first choices of all tokens in their order, then the second choices, and so on. So a
     token's k-th choice is dropped where the choices before the k-th of all tokens, and the k-th ones of earlier
     tokens, have filled its expert. The weights of the others stay as they are. `Assignments` are served in the order
-    of the list, whatever their tokens.
+    of the list, whatever their tokens (mask those that are outside [0, T) before).
 
     Args:
         routing: the assignments; absent ones take no place. A token's experts are in the order of its choice, as of
@@ -84,7 +102,35 @@ def limit_to_capacity[R: Routing | Assignments](
     if capacity < 0:
         raise ValueError(f"capacity is {capacity}; it must be 0 or more.")
     check_routing(routing)
-    index = routing.expert_index if isinstance(routing, Routing) else routing.expert_index[:, None]  # [T, K]
+    index = routing.expert_index
+    index = index if isinstance(routing, Routing) else index[:, None]
+    return routing.where(_has_place(index, num_experts, capacity, axis_name).reshape(routing.expert_index.shape))
+
+
+def _has_place_in_token_order(
+    index: Int[Array, "T K"],
+    num_experts: int,
+    capacity: int,
+    batch_shape: tuple[int, ...],
+    batch_axes: tuple[tuple[str, ...], ...],
+) -> Bool[Array, "T K"]:
+    """Says of this shard's assignments what `_has_place` says, with the tokens of all shards in their global order."""
+    # Shards of the first dimension follow each other in that order. Those of the others interleave: their tokens are
+    # put together first.
+    first, *others = batch_axes or [()]
+    sharded = [(d, axes) for d, axes in enumerate(others, 1) if axes]
+    index = index.reshape(*batch_shape, index.shape[1])
+    for d, axes in sharded:
+        index = lax.all_gather(index, axes, axis=d, tiled=True)
+    matrix = index.reshape(math.prod(index.shape[:-1]), index.shape[-1])
+    has_place = _has_place(matrix, num_experts, capacity, first).reshape(index.shape)
+    for d, axes in sharded:
+        has_place = lax.dynamic_slice_in_dim(has_place, lax.axis_index(axes) * batch_shape[d], batch_shape[d], axis=d)
+    return has_place.reshape(math.prod(batch_shape), index.shape[-1])
+
+
+def _has_place(index: Int[Array, "T K"], num_experts: int, capacity: int, axis_name: AxisName) -> Bool[Array, "T K"]:
+    """Says which assignments are present and have a place in the queue of their expert that is below the capacity."""
     present = is_present(index, num_experts)
     top_k = index.shape[1]
 
@@ -105,4 +151,4 @@ def limit_to_capacity[R: Routing | Assignments](
     is_earlier = jnp.arange(of_shards.shape[0]) < shard
     earlier_shards = jnp.where(is_earlier[:, None, None], of_shards, 0).sum(axis=0)
     place += (earlier_choices + earlier_shards).ravel()[queue]
-    return routing.where((present & (place < capacity)).reshape(routing.expert_index.shape))
+    return present & (place < capacity)

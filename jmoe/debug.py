@@ -23,7 +23,9 @@ def debug_checks() -> AbstractContextManager[None]:
     - an expert index outside [0, E) other than -1, the index that marks an absent assignment
       (`make_dispatch`),
     - a token index outside [0, T) of a present assignment (`moe_mlp`, where it counts as absent;
-      `parallel_linear`, where its token is another).
+      `parallel_linear`, where its token is another),
+    - a position that a cache of keys and values has no slot for, and a prompt that does not start at position 0
+      (`models.MixtureOfAttention`, `models.Transformer`; the tokens miss what the cache does not give them).
 
     The function that is checked has to be wrapped by `jax.experimental.checkify.checkify` and called in the
     block. JAX cannot carry checks out of the `jax.shard_map` that `jmoe.MoE` enters on a mesh: run them on

@@ -14,12 +14,13 @@ from jaxtyping import Array, Float
 
 from jmoe.activations import Activation, activate, is_gated
 from jmoe.arguments import check_mlp
+from jmoe.block_sparse import check_hidden_sizes
 from jmoe.debug import refuse_mesh
 from jmoe.dispatch import check_routing
 from jmoe.exchanges import ExchangeName, make_exchange
 from jmoe.grouped_mlp import ExpertParameters
-from jmoe.local_mlp import MLPImplementation, WeightOn, local_mlp, mlp_options, with_tokens_in_range
-from jmoe.routing import Assignments, Routing, is_present
+from jmoe.local_mlp import MLPImplementation, WeightOn, local_mlp, mlp_options
+from jmoe.routing import Assignments, Routing, in_range, is_present
 from jmoe.rows import accumulator_dtype
 from jmoe.sharding import as_axes, mesh_axes, reshard, shardable_axes, token_spec
 
@@ -36,16 +37,24 @@ class ShardAxes:
     """The mesh axes that a layer is sharded over inside `jax.shard_map`; all empty on one device.
 
     Attributes:
-        tokens: of the tokens.
+        batch: of each dimension of the tokens.
         experts: of the experts.
         hidden: of the hidden widths.
-        sequence: those of `tokens` that the tokens of one sequence are spread over.
     """
 
-    tokens: tuple[str, ...] = ()
+    batch: tuple[tuple[str, ...], ...] = ()
     experts: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
-    sequence: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """All axes that the tokens are sharded over."""
+        return tuple(axis for axes in self.batch for axis in axes)
+
+    @property
+    def sequence(self) -> tuple[str, ...]:
+        """Those that the tokens of one sequence are spread over."""
+        return self.batch[-1] if self.batch else ()
 
 
 def shard_axes(
@@ -79,8 +88,7 @@ def shard_axes(
                 f"{' x '.join(axes)}: make it {size + -size % shards}, or give {rule!r} another rule with "
                 "flax.nnx.logical_axis_rules."
             )
-    of_tokens = tuple(axis for entry in tokens for axis in as_axes(entry))
-    return ShardAxes(of_tokens, experts, hidden, as_axes(tokens[-2]) if len(tokens) > 1 else ())
+    return ShardAxes(tuple(as_axes(entry) for entry in tokens[:-1]), experts, hidden)
 
 
 def sharded_mlps(
@@ -120,7 +128,12 @@ def sharded_mlps(
 
     Returns:
         [T, D], this shard's tokens.
+
+    Raises:
+        ValueError: a shard's part of the hidden widths cannot be cut into the blocks of "block_sparse".
     """
+    if implementation == "block_sparse":
+        check_hidden_sizes("hidden_features", hidden_sizes or (experts.w_down.shape[-2],), _num_shards(axes.hidden))
     split_hidden = functools.partial(_hidden_slice, gated=is_gated(activation), axes=axes.hidden)
     x, routing = _gather_routed(x, routing, axes)
     options: dict[str, Any] = {
@@ -168,7 +181,8 @@ def _exchanged_mlp(
         top_k=math.ceil(routing.expert_index.size / x.shape[0]),
         shard_bytes=x.nbytes,
     )
-    routing = with_tokens_in_range(routing, x.shape[0], num_experts)
+    if isinstance(routing, Assignments):
+        routing = in_range(routing, x.shape[0], num_experts)
     y = apply(x, _within_reach(routing, num_local, axes.experts, over), experts)
     return lax.psum(y, tuple(axis for axis in axes.experts if axis not in over))
 

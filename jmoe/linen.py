@@ -1,7 +1,8 @@
 """The MoE layer for Flax Linen: the NNX layer behind Flax's own bridge, with the same parameters and numbers.
 
 `jmoe.linen.MoE` takes the arguments of `jmoe.MoE` but `rngs`, and a `name`; it returns a Linen module that is
-called with `(x, *, mask=None, **router_inputs)`. Parameters keep their names (`router/kernel`, `w_up`, ...) and
+called with `(x, *, mask=None, **router_inputs)`. Random keys for the router come from Linen:
+`layer.apply(variables, x, rngs={"router": key})`. Parameters keep their names (`router/kernel`, `w_up`, ...) and
 carry their logical axes as `nn.LogicallyPartitioned`, Linen's own box for them (`nn.unbox` takes it off).
 
 Example:
@@ -19,6 +20,7 @@ from typing import Any
 
 from flax import linen as nn
 from flax import nnx
+from jaxtyping import Array, Float
 
 from jmoe import moe
 from jmoe.routers import Route, Router
@@ -39,7 +41,18 @@ def MoE(  # noqa: N802 (it stands for a class)
 
 def _create(*arguments: Any, router: Router | Route | None, **options: Any) -> moe.MoE:
     # Flax creates the layer for each call, and puts the caller's variables into it.
-    return moe.MoE(*arguments, router=nnx.clone(router) if isinstance(router, Router) else router, **options)
+    return _WithKeys(*arguments, router=nnx.clone(router) if isinstance(router, Router) else router, **options)
+
+
+class _WithKeys(moe.MoE):
+    """Calls the layer with the random keys that it is created with: Linen's, of this call."""
+
+    def __init__(self, *arguments: Any, rngs: nnx.Rngs, **options: Any):
+        super().__init__(*arguments, rngs=rngs, **options)
+        self.keys = rngs if "router" in rngs else None
+
+    def __call__(self, x: Float[Array, "*batch D"], **inputs: Any) -> tuple[Float[Array, "*batch D"], moe.MoEAux]:
+        return super().__call__(x, rngs=self.keys, **inputs)
 
 
 def _logically_partitioned(variable: nnx.Variable) -> Any:

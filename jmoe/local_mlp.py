@@ -11,7 +11,7 @@ from jmoe.arguments import check_mlp, check_mlp_side_by_side
 from jmoe.debug import check
 from jmoe.dispatch import Dispatch, dispatch_unsorted, make_dispatch
 from jmoe.grouped_mlp import ExpertParameters
-from jmoe.routing import Assignments, Routing, is_present
+from jmoe.routing import Assignments, Routing, in_range, is_present
 from pallas_kernels import Implementation
 
 WeightOn = Literal["output", "input"]
@@ -53,23 +53,20 @@ def local_mlp(
     """
     if hidden_sizes is None:
         check_mlp(x, parameters, routing, activation, weight_on)
-        num_experts = parameters.w_up.shape[0]
+        num_experts, hidden, _ = parameters.w_down.shape
+        options = mlp_options((hidden,) * num_experts, activation, weight_on, remat, implementation)
     else:
         num_experts = len(hidden_sizes)
-        if implementation not in (None, "block_sparse"):
-            raise ValueError(
-                f'implementation is {implementation!r} and there are hidden_sizes; it must be "block_sparse" or None.'
-            )
-        implementation = "block_sparse"
         check_mlp_side_by_side(x, parameters, routing, activation, weight_on, hidden_sizes)
-    routing = with_tokens_in_range(routing, x.shape[0], num_experts)
+        block_sparse.check_hidden_sizes("hidden_sizes", hidden_sizes)
+        of_products = None if implementation == "block_sparse" else implementation
+        options = block_sparse.Options(activation, weight_on, remat, hidden_sizes, of_products)
+    if isinstance(routing, Assignments):
+        routing = in_range(routing, x.shape[0], num_experts)
     check(
         jnp.isfinite(routing.weight) | ~is_present(routing.expert_index, num_experts),
         "the routing weight of a present assignment is not finite",
     )
-    if hidden_sizes is None:
-        hidden_sizes = (parameters.w_down.shape[1],) * num_experts
-    options = mlp_options(hidden_sizes, activation, weight_on, remat, implementation)
     if isinstance(options, block_sparse.Options):
         if not x.size or not routing.expert_index.size:
             return jnp.zeros_like(x)
@@ -86,16 +83,6 @@ def local_mlp(
     return grouped_mlp.grouped_mlp(options, x, parameters, routing.weight, dispatch, unsorted)
 
 
-def with_tokens_in_range[R: Routing | Assignments](routing: R, num_tokens: int, num_experts: int) -> R:
-    """Makes assignments of tokens outside [0, T) absent."""
-    if not isinstance(routing, Assignments):
-        return routing
-    in_range = (routing.token_index >= 0) & (routing.token_index < num_tokens)
-    present = is_present(routing.expert_index, num_experts)
-    check(in_range | ~present, "token_index of a present assignment is outside [0, T)")
-    return routing.where(in_range)
-
-
 def mlp_options(
     hidden_sizes: tuple[int, ...],
     activation: Activation,
@@ -103,10 +90,10 @@ def mlp_options(
     remat: bool,
     implementation: MLPImplementation | None,
 ) -> MLPOptions:
-    """Says what experts of these widths are computed by, and how."""
+    """Says what experts of these widths are computed by, and how; each has matrices of its own."""
     if implementation == "block_sparse":
-        block_sparse.check_hidden_sizes(hidden_sizes)
-        return block_sparse.Options(activation, weight_on, remat, hidden_sizes)
+        block_sparse.check_hidden_sizes("w_down", hidden_sizes)
+        return block_sparse.Options(activation, weight_on, remat, hidden_sizes, None)
     return grouped_mlp.Options(activation, weight_on, remat, implementation)
 
 

@@ -10,9 +10,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jmoe.dispatch import Dispatch
-from jmoe.parallel_linear import parallel_linear
+from jmoe.parallel_linear import check_dispatch, parallel_linear
 from jmoe.parameters import per_expert
-from jmoe.sharding import partitioned
+from jmoe.sharding import partition_spec, partitioned, place
 from pallas_kernels import Implementation
 from pallas_kernels.device import has_hopper_gpu
 
@@ -26,7 +26,7 @@ class LoRAExperts(nnx.Module):
 
     `v[t, k] = x[t] @ (kernel[e] + scale * lora_a[e] @ lora_b[e])` with `e = expert_index[t, k]`: the expert's own
     frozen kernel, or one dense kernel that all share. Called as `jmoe.parallel_linear`: scattered or grouped rows on
-    either side, and with `weights` their weighted sum.
+    either side, and with `weights` their weighted sum; on a mesh inside `jax.shard_map`, with `check_vma=False`.
 
     `lora_a` [E, D, rank] and `lora_b` [E, rank, N] are `nnx.LoRAParam`, as in `nnx.LoRA`; `kernel` is an `nnx.Variable`
     and no parameter, so that optimizers leave it, and gets no gradient. Between forward and backward x and an array
@@ -39,6 +39,7 @@ class LoRAExperts(nnx.Module):
         kernel: the frozen kernel: [D, N], dense, or [E, D, N], of experts.
         rank: the width between an adapter's two matrices.
         num_experts: E; needed with a dense kernel, otherwise the kernel's.
+        axes: the logical axes of D and N, as in `jmoe.LOGICAL_AXIS_RULES`.
         alpha: `scale = alpha / rank`; by default as `rank`, for a scale of 1.
         dtype: of the computation and the output; by default the promoted dtype of x, kernel and adapters.
         param_dtype: the dtype of the adapters.
@@ -72,6 +73,7 @@ class LoRAExperts(nnx.Module):
         rank: int,
         *,
         num_experts: int | None = None,
+        axes: tuple[str | None, str | None] = ("embed", "expert_hidden"),
         alpha: float | None = None,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -98,15 +100,18 @@ class LoRAExperts(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.implementation: Implementation | None = implementation
-        self.kernel = nnx.Variable(kernel)
+        names = ("expert", *axes)[-kernel.ndim :]
+        # As in `partitioned`, for an array that is there already.
+        kernel = place(kernel, partition_spec(names, kernel.shape))
+        self.kernel = nnx.Variable(kernel, out_sharding=names, eager_sharding=False)
 
         def create(initializer: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.LoRAParam:
             initializer = partitioned(per_expert(initializer), ("expert", *axes))
             return nnx.LoRAParam(initializer(rngs.params(), (self.num_experts, *shape), param_dtype))
 
         in_features, out_features = kernel.shape[-2:]
-        self.lora_a = create(a_init, (in_features, rank), ("embed", None))
-        self.lora_b = create(b_init, (rank, out_features), (None, "expert_hidden"))
+        self.lora_a = create(a_init, (in_features, rank), (axes[0], None))
+        self.lora_b = create(b_init, (rank, out_features), (None, axes[1]))
 
     def __call__(
         self,
@@ -119,6 +124,7 @@ class LoRAExperts(nnx.Module):
         num_tokens: int | None = None,
     ) -> Float[Array, "*_ N"]:
         """Applies each expert's adapted kernel; arguments, result and errors are those of `jmoe.parallel_linear`."""
+        check_dispatch(dispatch, self.num_experts)
         kernel = lax.stop_gradient(self.kernel[...])
         lora_a, lora_b = self.lora_a[...], self.lora_b[...]
         x = x.astype(jnp.result_type(x, kernel, lora_a) if self.dtype is None else self.dtype)
@@ -151,15 +157,19 @@ class LoRAExperts(nnx.Module):
         zeros = (0, -self.rank % _KERNEL_WIDTH)
         return jnp.pad(lora_a, ((0, 0), (0, 0), zeros)), jnp.pad(lora_b, ((0, 0), zeros, (0, 0)))
 
-    def merged_kernel(self) -> Float[Array, "E D N"]:
+    def merged_kernel(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "E D N"]:
         """Computes `kernel + scale * lora_a @ lora_b`, with which `jmoe.parallel_linear` gives what this module gives.
 
-        Computed in float32 or better; in the dtype of the kernel.
+        Computed in float32 or better.
+
+        Args:
+            dtype: of the result, by default the kernel's. Where that has 16 bits, it may round small updates away:
+                merge in float32 then.
         """
         kernel, lora_a, lora_b = self.kernel[...], self.lora_a[...], self.lora_b[...]
-        dtype = jnp.promote_types(jnp.result_type(kernel, lora_a, lora_b), jnp.float32)
-        update = jnp.matmul(lora_a.astype(dtype), lora_b.astype(dtype), precision="highest")  # [E, D, N]
-        return (kernel.astype(dtype) + self.scale * update).astype(kernel.dtype)
+        wide = jnp.promote_types(jnp.result_type(kernel, lora_a, lora_b), jnp.float32)
+        update = jnp.matmul(lora_a.astype(wide), lora_b.astype(wide), precision="highest")  # [E, D, N]
+        return (kernel.astype(wide) + self.scale * update).astype(kernel.dtype if dtype is None else dtype)
 
 
 @jax.checkpoint  # or copies of x, weighted, and of the kernel, cast, would be kept for the backward

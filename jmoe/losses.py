@@ -25,7 +25,8 @@ def load_balancing_loss(
 
     Args:
         scores: [T, E], each row summing to 1: `softmax(logits)`, or sigmoids divided by their sum.
-        routing: the assignments; absent ones do not count.
+        routing: the assignments; absent ones do not count. Those of `Assignments` count whatever their token, unless
+            there is a mask.
         mask: bool[T], false for tokens that enter no statistic, such as padding.
         axis_name: mesh axes that the tokens are sharded over, inside `jax.shard_map`; the statistics are then
             global.

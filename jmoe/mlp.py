@@ -12,6 +12,7 @@ from jmoe.grouped_mlp import ExpertParameters
 from jmoe.local_mlp import MLPImplementation, WeightOn, local_mlp
 from jmoe.routing import Assignments, Routing
 from jmoe.sharding import mesh_axes
+from pallas_kernels.block_sparse.topology import static_sizes
 
 
 def moe_mlp(
@@ -55,12 +56,14 @@ def moe_mlp(
             kept, for one more product.
         hidden_sizes: F of each expert, static, where experts have different ones. The arrays then have their
             columns, or rows, side by side: w_up [D, sum of 2F_e] (an expert's gate columns, then its up columns) or
-            [D, sum of F_e], w_down [sum of F_e, D], b_up as w_up without D.
+            [D, sum of F_e], w_down [sum of F_e, D], b_up as w_up without D. The pre-activations that are kept, and
+            the work on them, have room for all rows on the widest expert.
         implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`; or "block_sparse", which pads
             each expert's rows to blocks and multiplies block-sparse matrices as MegaBlocks does (arXiv 2211.15841,
-            section 5). Only that can have `hidden_sizes`, and they mean it. All F are then multiples of 64, better of
-            128; weights [E, D, H] are copied to [D, E*H], and such with `hidden_sizes` are not.
-
+            section 5), by the fastest that can run here: XLA unless on Hopper, in 16 bits, D is a multiple of 64 and
+            all F are of 128. All F must be multiples of 64; weights [E, D, H] are copied to [D, E*H]. Experts with
+            `hidden_sizes` are computed so too, without a copy, and the other names are then those of
+            `pallas_kernels.block_sparse.sdd`.
         exchange: on a mesh (`jax.set_mesh`) with an axis for the experts, how tokens get to the experts of other
             devices and back: "gather", "ring", "all_to_all" (`jmoe.exchanges`), or "auto" for what
             `jmoe.exchanges.choose_exchange` takes. All arrays are then those of all devices together. Elsewhere, and
@@ -87,7 +90,7 @@ def moe_mlp(
         "activation": activation,
         "weight_on": weight_on,
         "remat": remat,
-        "hidden_sizes": None if hidden_sizes is None else tuple(hidden_sizes),
+        "hidden_sizes": None if hidden_sizes is None else static_sizes("hidden_sizes", hidden_sizes),
         "implementation": implementation,
     }
     if mesh_axes("expert", jax.sharding.get_abstract_mesh()):

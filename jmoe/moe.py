@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jmoe.activations import Activation
+from jmoe.arguments import check_choice, check_layer_input
 from jmoe.capacity import expert_capacity, limited_by_factor
 from jmoe.debug import refuse_mesh
 from jmoe.exchanges import ExchangeName, check_exchange
@@ -29,16 +30,18 @@ from jmoe.parameters import (
     shared_parameters,
 )
 from jmoe.routers.create import create_router
-from jmoe.routers.router import Route, Router, with_inputs
+from jmoe.routers.router import Route, Router, call_router, router_key
 from jmoe.routers.zero_experts import split_zero_experts
-from jmoe.routing import Assignments, Routing, Score, ScoreOrder
+from jmoe.routing import Assignments, Routing, Score, ScoreOrder, in_range
 from jmoe.sharding import partitioned, reshard, shardable_axes, token_spec
+from pallas_kernels import Implementation
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
 
 LoadBalancing = Literal["layer", "sequence"]
 SharedCombine = Literal["sum", "weighted_sum", "sigmoid_gate"]
+_IMPLEMENTATIONS = (*get_args(Implementation), "block_sparse")
 
 
 class MoE(nnx.Module):
@@ -75,11 +78,12 @@ class MoE(nnx.Module):
             (the last but one axis of x) by itself.
         weight_on: as in `jmoe.moe_mlp`.
         router_jitter: where `rngs` are passed to a call, the router's input is multiplied with noise, uniform
-            in `1 +- router_jitter` (Switch Transformer, arXiv 2101.03961, section 2.4).
+            in `1 +- router_jitter` (Switch Transformer, arXiv 2101.03961: "input jitter"); less than 1.
         capacity_factor: c, if each expert is to take no more than `ceil(c * T * K / E)` assignments of the T
             tokens of a call (of all shards; masked tokens count in T). The rest is dropped as `jmoe.limit_to_capacity`
             says, and a token that no expert takes gets zeros. None or 0: dropless. With a `router`, here and in
-            `shared_combine`, K is how many assignments it has room for, divided by T.
+            `shared_combine`, K is the router's `top_k`, its option `k` as a rule; without that, how many assignments it
+            has room for, divided by T.
         shared_hidden_features: the hidden width of an expert that every token goes through besides; 0 for none.
         shared_combine: what is done with the shared expert's output s and the sum y of the others: "sum", `y + s`;
             "weighted_sum", `(K * y + s) / (K + 1)` (MegaBlocks' `shared_expert_weighted_sum`); "sigmoid_gate",
@@ -99,8 +103,8 @@ class MoE(nnx.Module):
         rngs: random keys for the parameters (stream "params").
 
     Raises:
-        ValueError: a size is not positive, `top_k` is more than the experts, a name is unknown, options of
-            `jmoe.route_top_k` are given beside a router, or `router` is a module of another kind.
+        ValueError: a size or another option is out of range, `top_k` is more than the experts, a name is unknown,
+            options of `jmoe.route_top_k` are given beside a router, or `router` is neither a function nor a `Router`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -156,11 +160,12 @@ class MoE(nnx.Module):
         for name, count in counts.items():
             if count < 0:
                 raise ValueError(f"{name} is {count}; it must be 0 (none) or more.")
-        if load_balancing not in ("layer", "sequence"):
-            raise ValueError(f"load_balancing is {load_balancing!r}; it must be 'layer' or 'sequence'.")
-        if shared_combine not in get_args(SharedCombine):
-            names = ", ".join(map(repr, get_args(SharedCombine)))
-            raise ValueError(f"shared_combine is {shared_combine!r}; it must be one of {names}.")
+        check_choice("load_balancing", load_balancing, get_args(LoadBalancing))
+        check_choice("shared_combine", shared_combine, get_args(SharedCombine))
+        check_choice("weight_on", weight_on, get_args(WeightOn))
+        check_choice("implementation", implementation, (None, *_IMPLEMENTATIONS))
+        if not 0 <= router_jitter < 1:
+            raise ValueError(f"router_jitter is {router_jitter}; it must be from 0 (none) to less than 1.")
         if shared_combine != "sum" and not shared_hidden_features:
             raise ValueError(
                 f"shared_combine is {shared_combine!r} without a shared expert; set shared_hidden_features."
@@ -230,8 +235,8 @@ class MoE(nnx.Module):
             x: [..., D].
             mask: bool[...], false for tokens that are not there, such as padding: they are not routed, give
                 zeros, get no gradient and enter no statistic, whatever x holds there.
-            rngs: random keys for the router's noise (stream "router"): `router_jitter`, and what the router itself
-                draws; without them there is none.
+            rngs: random keys for the router's noise (stream "router", or "default"): `router_jitter`, and what the
+                router itself draws; without them there is none. Nothing is taken from them where there is no noise.
             **router_inputs: what the router takes of each token besides x, by name: [..., *], such as the
                 `token_ids` of `jmoe.routers.HashRouter`.
 
@@ -242,15 +247,18 @@ class MoE(nnx.Module):
 
         Raises:
             ValueError: the shape or dtype of x or mask does not fit, the router takes other inputs or gives other
-                logits, or the mesh does not divide the experts.
+                logits or no routing, K is not known where it is needed, `rngs` lacks the stream, or the mesh does not
+                divide the experts.
         """
-        self._check_input(x, mask, router_inputs)
-        router_x = None
-        if self.router_jitter and rngs is not None:
+        check_layer_input(x, self.features, mask, router_inputs)
+        router_x = key = None
+        if rngs is not None and self.router_jitter:
             dtype = jnp.promote_types(x.dtype, jnp.float32)
-            noise = jax.random.uniform(rngs.router(), x.shape, dtype, -self.router_jitter, self.router_jitter)
+            noise = jax.random.uniform(router_key(rngs), x.shape, dtype, -self.router_jitter, self.router_jitter)
             router_x = x * (1 + noise)
-        inputs = _Inputs(x, router_x, mask, router_inputs, None if rngs is None else rngs.router())
+        if rngs is not None and self.router.takes_key:
+            key = router_key(rngs)
+        inputs = _Inputs(x, router_x, mask, router_inputs, key)
         parameters = _Parameters(
             nnx.state(self.router),
             mlp_parameters(self),
@@ -299,12 +307,19 @@ class MoE(nnx.Module):
             num_identity = self.num_identity_experts
             routing, identity_weight = split_zero_experts(routing, self.num_experts, num_tokens, num_identity)
         if self.capacity_factor:
-            routing, dropped = limited_by_factor(routing, self.num_experts, self.capacity_factor, axes.tokens)
+            routing, dropped = limited_by_factor(
+                routing,
+                self.num_experts,
+                self.capacity_factor,
+                num_assignments=num_tokens * self._top_k(routing, num_tokens),
+                batch_shape=batch_shape,
+                batch_axes=axes.batch,
+            )
             aux = dataclasses.replace(aux, dropped_fraction=dropped)
 
         shared_weight = None
         if self.shared_combine == "weighted_sum":
-            shared_weight = 1 / (routing.expert_index.size / max(num_tokens, 1) + 1)
+            shared_weight = 1 / (self._top_k(routing, num_tokens) + 1)
         arrays = jax.tree.leaves((parameters.experts, parameters.shared, parameters.bias))
         x = x.astype(jnp.result_type(x, *arrays) if self.dtype is None else self.dtype)
         y = sharded_mlps(
@@ -347,8 +362,11 @@ class MoE(nnx.Module):
         key = inputs.key
         if key is not None and axes.tokens:
             key = jax.random.fold_in(key, lax.axis_index(axes.tokens))
-        router = nnx.merge(nnx.graphdef(self.router), parameters.router)
-        routing, logits = with_inputs(router, x, {**flat, "mask": mask, "key": key})
+        # A copy, or what the router does to its variables would stay where there is no mesh.
+        router = nnx.merge(nnx.graphdef(self.router), parameters.router, copy=True)
+        routing, logits = call_router(router, x, {**flat, "mask": mask, "key": key})
+        if isinstance(routing, Assignments):
+            routing = in_range(routing, num_tokens, self._num_logits)
         if mask is not None:
             routing = routing.masked(mask)
 
@@ -356,26 +374,20 @@ class MoE(nnx.Module):
         sizes = num_tokens, self._num_logits
         return routing, moe_aux(router, routing, logits, *sizes, axes, mask=mask, num_sequences=num_sequences)
 
+    def _top_k(self, routing: Routing | Assignments, num_tokens: int) -> int:
+        if self.router.top_k is not None:
+            return self.router.top_k
+        room = routing.expert_index.size
+        if room % max(num_tokens, 1):
+            raise ValueError(
+                f"the router gives room for {room} assignments of {num_tokens} tokens, and does not say K, which "
+                "capacity_factor and shared_combine='weighted_sum' need: set its attribute top_k."
+            )
+        return room // max(num_tokens, 1)
+
     @property
     def _num_logits(self) -> int:
         return self.num_experts + self.num_identity_experts + self.num_zero_experts
-
-    def _check_input(self, x: Array, mask: Array | None, router_inputs: dict[str, Array]) -> None:
-        if not x.ndim or x.shape[-1] != self.features or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                f"x is {x.dtype}{list(x.shape)}; it must be a floating-point array [..., D={self.features}]."
-            )
-        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != jnp.bool_):
-            raise ValueError(
-                f"mask is {mask.dtype}{list(mask.shape)}; it must be bool{list(x.shape[:-1])}: one for each token of x."
-            )
-        if "key" in router_inputs:
-            raise ValueError("key is given; random keys for the router come from rngs=flax.nnx.Rngs(...).")
-        for name, array in router_inputs.items():
-            if array.shape[: x.ndim - 1] != x.shape[:-1]:
-                raise ValueError(
-                    f"{name} is {list(array.shape)}; it must be {[*x.shape[:-1], '...']}: of each token of x."
-                )
 
 
 class _Inputs(NamedTuple):

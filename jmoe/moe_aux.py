@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from jmoe.expert_parallel import ShardAxes
 from jmoe.losses import expert_load, load_balancing_loss, router_z_loss, sequence_balancing_loss, token_mean
 from jmoe.routers.router import Router
-from jmoe.routing import Assignments, Routing, is_present, log_score
+from jmoe.routing import Assignments, Routing, checked_logits, is_present, log_score
 
 
 @no_type_check  # JAX also builds pytrees of other shapes and of things that are no arrays
@@ -67,7 +67,7 @@ def moe_aux(
         num_sequences: where each is to be balanced by itself, the sequences that the T tokens belong to.
 
     Raises:
-        ValueError: the router gives another number of logits.
+        ValueError: the router gives another number of logits, or such that are not floating-point.
     """
     over_tokens: dict[str, Any] = {"mask": mask, "axis_name": axes.tokens}
     load = expert_load(routing, num_logits, axis_name=axes.tokens)
@@ -83,6 +83,7 @@ def moe_aux(
             f"the router gives logits {list(logits.shape)}; they must be [T, {num_logits}]: as many as num_experts, "
             "num_identity_experts and num_zero_experts together."
         )
+    logits = checked_logits(logits)
     # The loss needs scores that sum to 1 (for sigmoids: DeepSeek-V3, arXiv 2412.19437, equation 19).
     score = router.score
     scores = jax.nn.softmax(logits if score == "softmax" else log_score(logits, score))

@@ -53,6 +53,8 @@ def parallel_linear(
     With `weights` a scattered output is [T, N]. An absent assignment gives zeros and gets no gradient, whatever
     its row or weight.
 
+    On a mesh call it inside `jax.shard_map`, with `check_vma=False`: its loops do not say what they vary over.
+
     Between forward and backward it keeps its arguments only: the gradient of the weights needs no v, since
     `<dy, x @ kernel> = <dy @ kernel^T, x>`. Differentiable once, in reverse mode, in x, kernel, bias and weights.
     The same inputs on the same device give the same bits.
@@ -224,6 +226,20 @@ def _in_group(dispatch: Dispatch) -> Bool[Array, " R"]:
     return jnp.arange(dispatch.token_index.size, dtype=jnp.int32) < dispatch.group_sizes.sum()
 
 
+def check_dispatch(dispatch: Dispatch, num_experts: int | None = None) -> None:
+    """Raises a ValueError unless this is a dispatch to experts, of that number if one is given."""
+    if not isinstance(dispatch, Dispatch):
+        raise ValueError(
+            f"dispatch is a {type(dispatch).__name__}; it must be a jmoe.Dispatch, of jmoe.make_dispatch(routing, E)."
+        )
+    if dispatch.expert_of_group is not None:
+        raise ValueError("dispatch has expert_of_group, groups that are no experts; it must be of jmoe.make_dispatch.")
+    if num_experts not in (None, dispatch.group_sizes.size):
+        raise ValueError(
+            f"dispatch is of {dispatch.group_sizes.size} experts; it must be of {num_experts}, the layer's num_experts."
+        )
+
+
 def _check_arguments(
     source: _Order,
     x: Array,
@@ -234,8 +250,7 @@ def _check_arguments(
     num_tokens: int | None,
 ) -> int | None:
     """Checks what goes with what, and returns T where it is known."""
-    if dispatch.expert_of_group is not None:
-        raise ValueError("dispatch has expert_of_group, groups that are no experts; it must be of jmoe.make_dispatch.")
+    check_dispatch(dispatch)
     check_array("kernel", kernel, ("E", "D", "N"), {"E": dispatch.group_sizes.size})
     sizes = {"D": kernel.shape[1], "N": kernel.shape[2], "E": kernel.shape[0], "R": dispatch.token_index.size}
     assignments = ("R",)
@@ -250,6 +265,8 @@ def _check_arguments(
         raise ValueError("x is [T, K, D] and dispatch is of Assignments, which have no K; x must be [T, D] or grouped.")
     layout = {"tokens": ("T", "D"), "assignments": ("T", "K", "D"), "rows": ("R", "D")}[source]
     remedy = " (grouped_in is True: sorted by expert)" if source == "rows" else ""
+    if source == "tokens" and "K" in sizes:
+        remedy = " or [T, K, D], a row for each assignment"
     check_array("x", x, layout, sizes, remedy)
     if source == "tokens":
         sizes["T"] = x.shape[0]
@@ -269,8 +286,8 @@ class ParallelLinear(nnx.Module):
     """`jmoe.parallel_linear` with its parameters: `kernel` [E, D, N] and, with `use_bias`, `bias` [E, N].
 
     Two of them and an activation are an expert MLP (`jmoe.moe_mlp` is the same with fewer arrays kept for the
-    backward); two around an attention are `jmoe.MixtureOfAttention`. It computes what it is given: on a mesh call it
-    inside `jax.shard_map`.
+    backward); two around an attention are `jmoe.models.MixtureOfAttention`. It computes what it is given: on a mesh
+    call it inside `jax.shard_map`, with `check_vma=False`.
 
     Args:
         in_features: D.

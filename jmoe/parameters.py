@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Initializer
 
@@ -34,12 +35,16 @@ class SharedExpert(nnx.Module):
 
 def checked_widths(hidden_features: int | Sequence[int], num_experts: int) -> int | tuple[int, ...]:
     """Returns the width of all experts, or the widths of each, or raises a ValueError where they are no such thing."""
+    if not isinstance(hidden_features, int | np.integer | Sequence):
+        raise ValueError(
+            f"hidden_features is {hidden_features!r}; it must be an int, or a list of one for each expert."
+        )
     if not isinstance(hidden_features, Sequence):
         if hidden_features < 1:
             raise ValueError(f"hidden_features is {hidden_features}; it must be at least 1.")
         return hidden_features
     hidden_features = tuple(hidden_features)
-    check_hidden_sizes(hidden_features)
+    check_hidden_sizes("hidden_features", hidden_features)
     if len(hidden_features) != num_experts:
         raise ValueError(
             f"hidden_features has {len(hidden_features)} widths; it must have one for each of the {num_experts} "

@@ -153,6 +153,15 @@ def check_top_k(k: int, num_experts: int) -> None:
         raise ValueError(f"k is {k}; it must be between 1 and the number of experts, {num_experts}.")
 
 
+def check_weighting(score: Score, score_order: ScoreOrder, normalize: bool | float) -> None:
+    """Raises a ValueError where an option of `route_top_k` is none of its values."""
+    _check_score(score)
+    if score_order not in ("before_top_k", "after_top_k"):
+        raise ValueError(f"score_order is {score_order!r}; it must be 'before_top_k' or 'after_top_k'.")
+    if not isinstance(normalize, bool) and not normalize > 0:
+        raise ValueError(f"normalize is {normalize}; it must be True, False or the p of a p-norm, more than 0.")
+
+
 def weight_chosen(
     logits: Float[Array, "T E"],
     chosen: Float[Array, "T K"],
@@ -163,10 +172,7 @@ def weight_chosen(
     scale: float,
 ) -> Float[Array, "T K"]:
     """Computes the weights of chosen experts from all logits and theirs, as `route_top_k` says."""
-    if score_order not in ("before_top_k", "after_top_k"):
-        raise ValueError(f"score_order is {score_order!r}; it must be 'before_top_k' or 'after_top_k'.")
-    if not isinstance(normalize, bool) and not normalize > 0:
-        raise ValueError(f"normalize is {normalize}; it must be True, False or the p of a p-norm, more than 0.")
+    check_weighting(score, score_order, normalize)
     # In the logarithm nothing underflows, so that weights sum to 1 even where every score of a token is tiny.
     if score != "softmax":
         log_weight = log_score(chosen, score)
@@ -189,6 +195,7 @@ def weight_chosen(
 
 def log_score(logits: Float[Array, "T N"], score: Score) -> Float[Array, "T N"]:
     """Computes the logarithm of the scores, for a softmax over the last axis."""
+    _check_score(score)
     match score:
         case "softmax":
             return jax.nn.log_softmax(logits)
@@ -199,8 +206,12 @@ def log_score(logits: Float[Array, "T N"], score: Score) -> Float[Array, "T N"]:
             is_small = logits < -40
             log_softplus = jnp.log(jax.nn.softplus(jnp.where(is_small, 0, logits)))
             return jnp.where(is_small, logits, log_softplus) / 2
-    *names, last = map(repr, get_args(Score))
-    raise ValueError(f"score is {score!r}; it must be {', '.join(names)} or {last}.")
+
+
+def _check_score(score: Score) -> None:
+    if score not in get_args(Score):
+        *names, last = map(repr, get_args(Score))
+        raise ValueError(f"score is {score!r}; it must be {', '.join(names)} or {last}.")
 
 
 def _log_norm(log_weight: Float[Array, "T K"], p: float) -> Float[Array, "T 1"]:
@@ -226,6 +237,14 @@ def _softmax_derivative(primals, tangents):
 def is_present(expert_index: Int[Array, "..."], num_experts: int) -> Bool[Array, "..."]:
     """Says which assignments are present: those with an expert index in [0, E)."""
     return (expert_index >= 0) & (expert_index < num_experts)
+
+
+def in_range(routing: Assignments, num_tokens: int, num_experts: int) -> Assignments:
+    """Makes the assignments of token indices outside [0, T) absent; the debug checks say where there are any."""
+    is_token = (routing.token_index >= 0) & (routing.token_index < num_tokens)
+    ok = is_token | ~is_present(routing.expert_index, num_experts)
+    check(ok, "token_index of a present assignment is outside [0, T)")
+    return routing.where(is_token)
 
 
 def count_assignments(expert_index: Int[Array, "..."], num_experts: int) -> Int32[Array, " E"]:

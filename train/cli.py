@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 from flax import nnx
 from rich.console import Console
@@ -24,6 +25,7 @@ from train.generate import generate_text
 from train.inputs import corpus_of, tokenizer_of, validation_loader
 from train.loop import train
 from train.mesh import Placement
+from train.processes import ProcessOptions, join
 from train.step import Params, graph_of, init_params
 from train.summary import baselines_of
 from train.terminal import show_bits_per_byte
@@ -44,7 +46,7 @@ Checkpoint = Annotated[str, tyro.conf.arg(metavar="{best,latest,STEP}")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(ProcessOptions):
     """What a run starts from.
 
     Attributes:
@@ -131,6 +133,10 @@ class TokenizerCommand:
 def run_train(arguments: Sequence[str]) -> int:
     """Trains, as `jmoe-train` without a command does; returns the exit code."""
     options, _ = split(RunOptions, arguments)
+    with user_errors():
+        join(options)
+    if jax.process_count() > 1 and not (options.run_dir or options.resume):
+        raise UserError("--run-dir must be given to a run of several processes, and be the same folder for all")
     if options.resume:
         if options.preset or options.run_dir:
             raise UserError("--resume takes configuration and folder from the run: leave out --preset and --run-dir")

@@ -211,10 +211,11 @@ class _PackedSequences:
     def __len__(self) -> int:
         return -(-(len(self._stream) - 1) // self._length)
 
-    def __getitem__(self, index: int) -> Batch:
-        begin = index * self._length
+    def __getitem__(self, index: int | None) -> Batch:
+        """The sequence of a number; padding alone for None."""
+        begin = len(self._stream) if index is None else index * self._length
         window = self._stream[begin : begin + self._length + 1]
-        size = len(window) - 1
+        size = max(len(window) - 1, 0)
         first, last = np.searchsorted(self._starts, (begin, begin + size))
         starts = np.append(0, self._starts[first:last] - begin)
         starts = starts[1:] if last > first and starts[1] == 0 else starts
@@ -242,6 +243,7 @@ def make_loader(
     seed: int = 0,
     shuffle: bool = True,
     num_epochs: int | None = None,
+    rows: np.ndarray | None = None,
 ) -> grain.IterDataset[Batch]:
     """Batches of packed sequences for next-token prediction.
 
@@ -267,6 +269,7 @@ def make_loader(
         seed: Seed of the shuffling, 0 <= seed < 2**32.
         shuffle: Whether to shuffle the sequences; False keeps their order.
         num_epochs: How often to go through the documents; None goes on for ever.
+        rows: Which sequences of each batch to read, for a process that shares it with others; all if None.
 
     Returns:
         A grain dataset, read ahead by a background thread. `iter(loader)` starts at the first batch and gives
@@ -281,10 +284,16 @@ def make_loader(
             raise ValueError(f"{name} must be positive, got {value}")
     if not documents:
         raise ValueError("documents must hold at least one text, got none")
-    sequences = grain.MapDataset.source(_PackedSequences(documents, tokenizer, sequence_length))
+    sequences = _PackedSequences(documents, tokenizer, sequence_length)
+    rows = np.arange(batch_size) if rows is None else rows
+    numbers = grain.MapDataset.range(len(sequences))
     if shuffle:
-        sequences = sequences.shuffle(seed)
-    batches = sequences.repeat(num_epochs).batch(
-        batch_size, batch_fn=functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    )
+        numbers = numbers.shuffle(seed)
+
+    def read(batch: Sequence[int]) -> Batch:
+        padded = [*batch, *[None] * (batch_size - len(batch))]  # the last batch of all may be shorter
+        chosen = [sequences[padded[row]] for row in rows]
+        return Batch(**{name: np.stack([sequence[name] for sequence in chosen]) for name in Batch.__annotations__})
+
+    batches = numbers.repeat(num_epochs).batch(batch_size, batch_fn=list).map(read)
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import grain
 
 from train.config import TrainConfig
-from train.data import Corpus, load_corpus, make_loader
+from train.data import Batch, Corpus, load_corpus, make_loader
 from train.mesh import Placement
 from train.step import DeviceBatch
 from train.tokenizer import Tokenizer, load_tokenizer
@@ -47,22 +47,34 @@ def train_loader(
         batch_size=config.batch_size,
         sequence_length=config.sequence_length,
         seed=config.seed,
+        rows=placement.rows(config.batch_size),
     )
-    return grain.experimental.device_put(loader, placement.batch_sharding)
+    return _on_devices(loader, placement, config.batch_size)
 
 
 def validation_loader(
     config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, placement: Placement
 ) -> grain.IterDataset[DeviceBatch]:
     """The validation documents once, shuffled: the first few batches are a fair sample."""
+    batch_size = config.batch_size // config.accumulation_steps
     loader = make_loader(
         corpus.validation,
         tokenizer,
-        batch_size=config.batch_size // config.accumulation_steps,
+        batch_size=batch_size,
         sequence_length=config.sequence_length,
         num_epochs=1,
+        rows=placement.rows(batch_size),
     )
-    return grain.experimental.device_put(loader, placement.batch_sharding)
+    return _on_devices(loader, placement, batch_size)
+
+
+def _on_devices(
+    loader: grain.IterDataset[Batch], placement: Placement, batch_size: int
+) -> grain.IterDataset[DeviceBatch]:
+    """Has one thread read batches, and another put them on the devices, ahead of who asks for them."""
+    read = grain.experimental.ThreadPrefetchIterDataset(loader, prefetch_buffer_size=4)
+    put = read.map(lambda batch: placement.put(batch, batch_size))
+    return grain.experimental.ThreadPrefetchIterDataset(put, prefetch_buffer_size=2)
 
 
 def tokens_per_byte(documents: Sequence[bytes], tokenizer: Tokenizer) -> float:

@@ -20,10 +20,10 @@ class StopRequest:
     def __init__(self):
         self.signal: signal.Signals | None = None
 
-    @property
-    def exit_code(self) -> int:
-        """What shells report for a process that died of the signal: 128 plus its number; 0 without one."""
-        return 128 + self.signal if self.signal else 0
+    def after(self, step: int) -> signal.Signals | None:
+        """Returns the signal to stop for after this step, or None."""
+        del step
+        return self.signal
 
     def __enter__(self) -> "StopRequest":
         self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}

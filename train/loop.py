@@ -21,9 +21,11 @@ from train.metrics import (
     TRAIN_BITS_PER_BYTE,
     VALIDATION_BITS_PER_BYTE,
     MetricsWriter,
+    NoMetrics,
     truncate_metrics,
 )
 from train.optimizer import make_optimizer, make_schedule
+from train.processes import StopTogether, is_first
 from train.step import Metrics, TrainState, graph_of, init_state, make_train_step
 from train.summary import summarize
 from train.terminal import Terminal
@@ -48,11 +50,19 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, console: 
         UserError: For what a user can mend. Checkpoints written before it are whole.
         OSError: If a file cannot be read or written. Checkpoints written before it are whole.
     """
-    terminal = Terminal(config.steps, console or Console())
+    terminal = Terminal(config.steps, (console or Console()) if is_first() else Console(quiet=True))
     with user_errors():
         placement = Placement(config.mesh)
-    with placement.active():
-        return _train(config, run_dir, placement, resume=resume, terminal=terminal)
+    try:
+        with placement.active():
+            return _train(config, run_dir, placement, resume=resume, terminal=terminal)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise UserError(
+            f"process {jax.process_index()} lost another one ({error}); see what that one said, then continue with: "
+            f"jmoe-train --resume {run_dir}, in all processes"
+        ) from error
 
 
 def _train(config: TrainConfig, run_dir: Path, placement: Placement, *, resume: bool, terminal: Terminal) -> int:
@@ -88,8 +98,9 @@ def _train(config: TrainConfig, run_dir: Path, placement: Placement, *, resume: 
             with user_errors():
                 state = jax.jit(new_state, out_shardings=shardings_of(shapes))()
         first_step = int(state.step)
-        write_config(config, run_dir)
-        truncate_metrics(run_dir, first_step)
+        if is_first():
+            write_config(config, run_dir)
+            truncate_metrics(run_dir, first_step)
         terminal.describe_run(config, corpus, state.params, run_dir)
 
         with user_errors():  # Tracing is where the model judges its arguments.
@@ -98,10 +109,10 @@ def _train(config: TrainConfig, run_dir: Path, placement: Placement, *, resume: 
             train_step = make_train_step(graph, optimizer, schedule, config.accumulation_steps, shardings_of(shapes))
             train_step = train_step.lower(state, batch).compile()
 
-        step = first_step
+        step, stopping = first_step, None
         with (
-            contextlib.closing(MetricsWriter(run_dir)) as writer,
-            StopRequest() as stop,
+            contextlib.closing(MetricsWriter(run_dir) if is_first() else NoMetrics()) as writer,
+            StopRequest() if jax.process_count() == 1 else StopTogether() as stop,
             terminal.progress(first_step),
         ):
             recorder = _Recorder(
@@ -116,25 +127,28 @@ def _train(config: TrainConfig, run_dir: Path, placement: Placement, *, resume: 
                 is_last = step == config.steps
                 if is_last or step % config.log_every == 0:
                     recorder.add(step, metrics)
+                stopping = stop.after(step)
                 saves = is_last or step % config.checkpoint.every == 0
                 evaluation = None
                 if saves or step % config.evaluation.every == 0:
                     recorder.flush()
                     evaluation = evaluate(eval_step, state.params, validation, config.evaluation.num_batches)
                     recorder.validated(step, evaluation)
-                if saves or stop.signal:
+                if saves or stopping:
                     # Records first: beside a checkpoint lie the records of all its steps, whenever the process dies.
                     recorder.flush()
                     writer.flush()
                     loss = None if evaluation is None else evaluation.loss
                     checkpoints.save(step, state, batches.get_state(), validation_loss=loss)
-                if stop.signal:
+                if stopping:
                     break
             checkpoints.wait()
-    if stop.signal and step < config.steps:
-        terminal.say(f"Stopped by {stop.signal.name} after step {step}; continue with: jmoe-train --resume {run_dir}")
-        return stop.exit_code
-    terminal.show(summarize(config, run_dir, corpus, tokenizer, graph, eval_step, state.params, validation))
+    if stopping and step < config.steps:
+        terminal.say(f"Stopped by {stopping.name} after step {step}; continue with: jmoe-train --resume {run_dir}")
+        return 128 + stopping  # what shells report for a process that died of the signal
+    summary = summarize(config, run_dir, corpus, tokenizer, graph, eval_step, state.params, validation)
+    if summary:
+        terminal.show(summary)
     return 0
 
 

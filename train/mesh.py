@@ -5,11 +5,13 @@ import math
 from collections.abc import Callable, Iterable
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 import jmoe
+from train.data import Batch
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -49,11 +51,15 @@ class Placement:
         mesh: Axes and sizes, as `parse_mesh` reads them; one device if empty.
 
     Raises:
-        ValueError: If the mesh has another number of devices than there are.
+        ValueError: If the mesh has another number of devices than there are, or several processes have none.
     """
 
     def __init__(self, mesh: str):
         sizes = parse_mesh(mesh)
+        if not sizes and jax.process_count() > 1:
+            raise ValueError(
+                f"mesh must be given to a run of several processes, such as data={jax.device_count()} for their devices"
+            )
         if sizes and math.prod(sizes.values()) != jax.device_count():
             raise ValueError(
                 f"mesh must have as many devices as there are, {jax.device_count()}, got {mesh!r}, which has "
@@ -100,6 +106,20 @@ class Placement:
         if self._mesh is None:
             return SingleDeviceSharding(jax.devices()[0])
         return NamedSharding(self._mesh, PartitionSpec(batch_axes(self._mesh.axis_names)))
+
+    def put(self, batch: Batch, batch_size: int) -> dict[str, Array]:
+        """Puts this process's sequences of a batch, `rows`, on its devices."""
+        sharding = self.batch_sharding
+
+        def put(value: np.ndarray) -> Array:
+            return jax.make_array_from_process_local_data(sharding, value, (batch_size, *value.shape[1:]))
+
+        return jax.tree.map(put, dict(batch))
+
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Says which sequences of a batch are for the devices of this process."""
+        places = self.batch_sharding.addressable_devices_indices_map((batch_size,))
+        return np.unique(np.concatenate([np.arange(batch_size)[place] for place in places.values()]))
 
 
 def shardings_of(shapes: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Sharding]:

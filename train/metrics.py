@@ -90,6 +90,22 @@ class MetricsWriter:
             pass
 
 
+class NoMetrics(MetricsWriter):
+    """Writes nothing, in processes that leave that to another one."""
+
+    def __init__(self):
+        pass
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     """Records of a run in the order they were written; a torn last line is left out.
 

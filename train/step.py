@@ -75,13 +75,14 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     accumulation_steps: int = 1,
-    shardings: PyTree[jax.sharding.Sharding] | None = None,
+    shardings: "TrainState | None" = None,
 ) -> jax.stages.Wrapped:
     """One update of the parameters from one batch, under `jax.jit`.
 
     The objective is the cross-entropy per target plus the weighted router losses, as `language_model_loss`
     gives it. The batch is cut into `accumulation_steps` parts along B; each part's loss weighs by its share
-    of the targets, so the sum of their gradients is that of the whole batch whatever is padded. A scan inside
+    of the targets, so the sum of their gradients is that of the whole batch whatever is padded. Loads are those of
+    all assignments. A scan inside
     the step, rather than `optax.MultiSteps`, keeps a step one update: the accumulator is no part of the
     state, every checkpoint falls between two updates, and the weights by targets are known before the first
     part. Selection biases move last, by the load of the whole batch.
@@ -91,7 +92,8 @@ def make_train_step(
         optimizer: What turns gradients into updates.
         schedule: The optimizer's learning rate, to report.
         accumulation_steps: Parts of a batch.
-        shardings: How the new state shall lie on a mesh, for each of its arrays; None leaves it to the compiler.
+        shardings: How the new state shall lie on a mesh, for each of its arrays; None leaves it to the compiler. The
+            metrics lie as the number of steps does.
 
     Returns:
         A function of the state (whose buffers it takes over) and a batch, that returns the new state and
@@ -107,10 +109,11 @@ def make_train_step(
             "cross_entropy": aux.cross_entropy,
             "load_balancing_loss": aux.load_balancing_loss,
             "router_z_loss": aux.router_z_loss,
-            "expert_load": aux.expert_load,
             "dropped_fraction": aux.dropped_fraction,
         }
-        metrics = jax.tree.map(lambda value: value * (aux.num_targets / num_targets), metrics)
+        metrics = jax.tree.map(lambda value: value * (aux.num_targets / jnp.maximum(num_targets, 1)), metrics)
+        # Parts may have other shares of the assignments than of the targets.
+        metrics["expert_load"] = jnp.round(aux.expert_load * aux.num_assignments[:, None])
         return metrics["loss"], metrics
 
     def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
@@ -129,6 +132,8 @@ def make_train_step(
             jax.eval_shape(differentiate, weights, biases, first, num_targets),
         )
         (gradients, metrics), _ = jax.lax.scan(add_part, zeros, parts)
+        counts = metrics["expert_load"]  # [L, E]
+        metrics["expert_load"] = counts / jnp.maximum(counts.sum(axis=1, keepdims=True), 1)
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, weights)
         weights = optax.apply_updates(weights, updates)
@@ -136,4 +141,4 @@ def make_train_step(
         metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings and (shardings, shardings.step))

@@ -15,6 +15,7 @@ from train.data import Corpus
 from train.evaluate import EvalStep, evaluate
 from train.generate import generate_text
 from train.plots import plot_expert_load, plot_losses
+from train.processes import is_first
 from train.step import DeviceBatch, Params
 from train.tokenizer import Tokenizer
 
@@ -59,15 +60,20 @@ def summarize(
     eval_step: EvalStep,
     params: Params,
     validation: grain.IterDataset[DeviceBatch],
-) -> Summary:
-    """Evaluates on all of the validation text, draws a sample and the plots, writes `summary.json`."""
+) -> Summary | None:
+    """Evaluates on all of the validation text, draws a sample and the plots, writes `summary.json`.
+
+    Processes but the first take part in the computation and return None.
+    """
     evaluation = evaluate(eval_step, params, validation)
-    bits_per_byte = evaluation.bits_per_byte(corpus.num_validation_bytes)
-    baselines = baselines_of(corpus)
     prompt = config.evaluation.sample_prompt
     continuation = generate_text(
         graph, params, tokenizer, prompt, num_tokens=config.evaluation.sample_tokens, seed=config.seed
     )
+    if not is_first():
+        return None
+    bits_per_byte = evaluation.bits_per_byte(corpus.num_validation_bytes)
+    baselines = baselines_of(corpus)
     plots = {"Loss curves": plot_losses(run_dir, baselines)}
     if "moe" in config.model.layer_kinds:
         plots["Expert load"] = plot_expert_load(run_dir)

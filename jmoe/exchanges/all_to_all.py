@@ -12,7 +12,6 @@ from jmoe.dispatch import make_dispatch
 from jmoe.exchanges.exchange import Exchange
 from jmoe.exchanges.parcels import make_plan, pack
 from jmoe.exchanges.windows import Kept, window
-from jmoe.grouped_mlp import Options
 from jmoe.local_mlp import mlp_gradients, mlp_outputs
 from pallas_kernels.rows import sum_rows
 
@@ -112,7 +111,7 @@ class AllToAll(Exchange):
         """Adds the rows that came back into those of their tokens, deterministically."""
         if plan.token_index is not None:
             return sum_rows(rows, plan.token_of(parcel), plan.num_tokens).astype(like.dtype)
-        implementation = self.options.implementation if isinstance(self.options, Options) else None
+        implementation = self.options.implementation
         if implementation == "mosaic_gpu":  # as in `jmoe.combine`
             implementation = None
         return pallas_kernels.combine(rows, parcel.row, implementation=implementation)

@@ -2,6 +2,7 @@
 
 from typing import Literal, get_args
 
+from jmoe.arguments import check_choice
 from jmoe.exchanges.all_to_all import AllToAll
 from jmoe.exchanges.exchange import Exchange
 from jmoe.exchanges.gather import Gather
@@ -16,9 +17,7 @@ _RING_BYTES = 32 * 2**20  # of a shard's tokens; not measured yet
 
 def check_exchange(name: str) -> None:
     """Raises a ValueError where a name is that of no exchange."""
-    if name not in get_args(ExchangeName):
-        names = ", ".join(map(repr, get_args(ExchangeName)))
-        raise ValueError(f"exchange is {name!r}; it must be one of {names}.")
+    check_choice("exchange", name, get_args(ExchangeName))
 
 
 def choose_exchange(num_shards: int, top_k: int, shard_bytes: int) -> Literal["ring", "all_to_all", "gather"]:

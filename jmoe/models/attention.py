@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple, no_type_check
+from typing import Literal, NamedTuple, get_args, no_type_check
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jmoe.debug import check
 from jmoe.models.config import AttentionImplementation, TransformerConfig
 from jmoe.models.layers import Projection, RMSNorm, recompute
 
@@ -93,7 +94,8 @@ class Attention(nnx.Module):
             rotation: The rotations of `positions`.
             segment_ids: Which document each token belongs to; None if each sequence is one document.
             cache: Where to write the keys and values. With S = 1 the token attends to the cache up to its
-                position; longer sequences must start at position 0 and attend to themselves.
+                position, whatever `segment_ids` say; longer sequences must start at position 0 and attend to
+                themselves. All positions must be less than the cache's C (`jmoe.debug_checks()` reports others).
 
         Returns:
             The attention output, and the written cache (None without a cache).
@@ -124,10 +126,17 @@ def cached_attention(
 ) -> tuple[Float[Array, "B S N h"], KVCache | None]:
     """Computes `causal_attention`, or with a cache and S = 1 that of one token to all that the cache holds.
 
+    The cache knows no segments, has no slot for positions from C on, and is not read for longer sequences, which
+    therefore must start at position 0; `jmoe.debug_checks()` reports positions that break this.
+
     Returns:
         The heads' outputs, and the cache with these keys and values written to it (None without a cache).
     """
     if cache is not None:
+        in_cache = (positions >= 0) & (positions < cache.key.shape[1])
+        check(in_cache, "a position is outside [0, C), the slots of the cache")
+        if query.shape[1] > 1:
+            check(positions[:, 0] == 0, "a sequence of more than one token starts past position 0 of its cache")
         cache = cache.write(positions, key, value)
     if cache is not None and query.shape[1] == 1:
         # The scores of a single query are small: XLA everywhere.
@@ -158,14 +167,22 @@ def causal_attention(
     return attend(query, key, value) if implementation == "cudnn" else recompute(attend, query, key, value)
 
 
+def check_attention_implementation(asked: AttentionImplementation) -> None:
+    """Raises a ValueError if there is no such implementation."""
+    if asked not in get_args(AttentionImplementation):
+        names = ", ".join(map(repr, get_args(AttentionImplementation)))
+        raise ValueError(f"attention_implementation is {asked!r}; it must be one of {names}.")
+
+
 def attention_implementation(
     asked: AttentionImplementation, dtype: jax.typing.DTypeLike, head_dim: int
 ) -> Literal["cudnn", "xla"]:
     """Picks cuDNN's flash attention where it can run, XLA (which materialises the scores) elsewhere.
 
     Raises:
-        ValueError: If cuDNN is asked for and cannot run here.
+        ValueError: If the name is unknown, or cuDNN is asked for and cannot run here.
     """
+    check_attention_implementation(asked)
     dtype = jnp.dtype(dtype)
     obstacles = {
         "the default backend is not an NVIDIA GPU": not _on_nvidia_gpu(),

@@ -52,7 +52,7 @@ class TransformerConfig:
         first_dense_layers: Number of dense layers before the pattern of MoE layers starts.
         moe_every: One MoE layer in every so many layers.
         capacity_factor: c, if each expert is to take at most `ceil(c * T * K / E)` assignments of a batch's T tokens
-            and the rest is to be dropped; 0 drops none.
+            and the rest is to be dropped, also in generation; 0 drops none.
         activation: Of all MLPs: gated ("swiglu", "geglu", "reglu") or plain ("gelu", "relu", "relu_squared",
             "silu").
         qk_norm: RMSNorm of queries and keys before RoPE: "none", over each "head" (Qwen3), or over the "full"

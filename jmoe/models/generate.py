@@ -28,7 +28,8 @@ def generate(
     One compiled program: the prompt fills the cache in one pass, then a scan feeds back one token at a time.
 
     Args:
-        model: The model.
+        model: The model. One with a `capacity_factor` drops tokens here too (T is the B tokens of a step): give its
+            parameters to a model without, if that is not wanted.
         prompt: Token ids; at least one for each sequence.
         num_tokens: How many tokens to add.
         key: Random key; the same key gives the same tokens.

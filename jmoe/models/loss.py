@@ -27,6 +27,7 @@ class LossAux:
             balance.
         router_z_loss: Mean over the MoE layers.
         expert_load: Share of the assignments that each expert of each MoE layer got.
+        num_assignments: Number of the assignments of each MoE layer, which the shares are of.
         dropped_fraction: Share of the assignments that were dropped, mean over the MoE layers.
     """
 
@@ -35,6 +36,7 @@ class LossAux:
     load_balancing_loss: Float[Array, ""]
     router_z_loss: Float[Array, ""]
     expert_load: Float[Array, "L E"]
+    num_assignments: Float[Array, " L"]
     dropped_fraction: Float[Array, ""]
 
 
@@ -101,5 +103,6 @@ def _language_model_loss(
         load_balancing_loss=load_balancing_loss,
         router_z_loss=router_z_loss,
         expert_load=aux.expert_load,
+        num_assignments=aux.experts_per_token * (tokens.size if segment_ids is None else jnp.sum(segment_ids != 0)),
         dropped_fraction=jnp.sum(aux.dropped_fraction) / num_moe_layers,
     )

@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, Int
 from jmoe.debug import refuse_mesh
 from jmoe.dispatch import make_dispatch
 from jmoe.expert_parallel import ShardAxes
-from jmoe.models.attention import KVCache, attention_implementation, cached_attention, rope_rotation, rotate
+from jmoe.models.attention import (
+    KVCache,
+    attention_implementation,
+    cached_attention,
+    check_attention_implementation,
+    rope_rotation,
+    rotate,
+)
 from jmoe.models.config import AttentionImplementation
 from jmoe.models.layers import recompute
 from jmoe.moe_aux import MoEAux, moe_aux
@@ -69,7 +76,7 @@ class MixtureOfAttention(nnx.Module):
         rngs: random keys for the parameters (stream "params").
 
     Raises:
-        ValueError: a size is not positive or does not fit another.
+        ValueError: a size is not positive or does not fit another, or a name is unknown.
 
     Source: Tan et al. (ScatterMoE), arXiv 2403.08245 (MoMHA); Shen et al. (JetMoE), arXiv 2404.07413.
 
@@ -102,6 +109,9 @@ class MixtureOfAttention(nnx.Module):
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
+        if features < 1:
+            raise ValueError(f"features is {features}; it must be at least 1.")
+        check_attention_implementation(attention_implementation)
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim is {head_dim}; it must be even and positive, since RoPE rotates pairs.")
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -166,12 +176,14 @@ class MixtureOfAttention(nnx.Module):
 
         Args:
             x: [B, S, D].
-            positions: int[B, S], the position of each token; None counts from 0 along each sequence.
+            positions: int[B, S], the position of each token; None counts from 0 along each sequence. With a cache and
+                S = 1 they must be given.
             segment_ids: int[B, S], which document each token belongs to; None if each sequence is one document.
                 Tokens of segment 0 are padding: they are not routed, give zeros and enter no statistic, whatever x
                 holds there.
             cache: where to write the keys and values, of `empty_cache`. With S = 1 the token attends to the cache up
-                to its position; longer sequences must start at position 0 and attend to themselves.
+                to its position, whatever its segment; longer sequences must start at position 0 and attend to
+                themselves. All positions must be less than the cache's length; `jmoe.debug_checks()` reports others.
 
         Returns:
             y: [B, S, D].
@@ -179,10 +191,22 @@ class MixtureOfAttention(nnx.Module):
             cache: the written cache (None without one).
 
         Raises:
-            ValueError: the shape or dtype of x does not fit, or cuDNN was asked for and cannot run.
+            ValueError: the shape or dtype of an array does not fit, `positions` are missing, or cuDNN was asked for and
+                cannot run.
         """
         if x.ndim != 3 or x.shape[-1] != self.features or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x is {x.dtype}{list(x.shape)}; it must be floating-point [B, S, D={self.features}].")
+        for name, array in {"positions": positions, "segment_ids": segment_ids}.items():
+            if array is not None and (array.shape != x.shape[:2] or not jnp.issubdtype(array.dtype, jnp.integer)):
+                raise ValueError(
+                    f"{name} is {array.dtype}{list(array.shape)}; it must be integer [B={x.shape[0]}, S={x.shape[1]}]."
+                )
+        if cache is not None:
+            self._check_cache(cache, x)
+        if positions is None and cache is not None and x.shape[1] == 1:
+            raise ValueError(
+                "positions is None, with a cache and one token; it must be int[B, 1], where that token is."
+            )
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         inputs = _Inputs(x, positions, segment_ids, cache)
@@ -195,7 +219,7 @@ class MixtureOfAttention(nnx.Module):
         graphdef, state = nnx.split(self)
 
         def apply(inputs, state):
-            return nnx.merge(graphdef, state)._apply_to_shard(inputs, ShardAxes(as_axes(batch[0])))
+            return nnx.merge(graphdef, state)._apply_to_shard(inputs, ShardAxes((as_axes(batch[0]), ())))
 
         # Kernels and loops do not say which mesh axes their results vary over, so that is not checked.
         return jax.shard_map(
@@ -236,10 +260,26 @@ class MixtureOfAttention(nnx.Module):
         return y, aux, cache
 
     def empty_cache(self, batch: int, length: int, dtype: jax.typing.DTypeLike | None = None) -> KVCache:
-        """Allocates a cache of `batch` sequences of up to `length` tokens; `dtype` is that of x, by default float32."""
+        """Allocates a cache of `batch` sequences of positions less than `length`.
+
+        Args:
+            batch: B.
+            length: the tokens of a sequence for which there is room; later ones are not kept.
+            dtype: that of x, by default as the parameters'; of no matter where the layer has a `dtype`.
+        """
         shape = batch, length, self.num_kv_heads, self.head_dim
-        zeros = jnp.zeros(shape, self._compute_dtype(jnp.float32 if dtype is None else dtype))
+        zeros = jnp.zeros(shape, self._compute_dtype(self.param_dtype if dtype is None else dtype))
         return KVCache(zeros, zeros)
+
+    def _check_cache(self, cache: KVCache, x: Float[Array, "B S D"]) -> None:
+        dtype = self._compute_dtype(x.dtype)
+        for name, array in {"key": cache.key, "value": cache.value}.items():
+            fits = array.shape[:1] == x.shape[:1] and array.shape[2:] == (self.num_kv_heads, self.head_dim)
+            if not fits or array.ndim != 4 or array.dtype != dtype or array.shape != cache.key.shape:
+                raise ValueError(
+                    f"cache.{name} is {array.dtype}{list(array.shape)}; it must be {dtype}[B={x.shape[0]}, C, "
+                    f"{self.num_kv_heads}, {self.head_dim}], as of empty_cache({x.shape[0]}, C, x.dtype)."
+                )
 
     def _to_heads(self, query: Float[Array, "T K _"], batch: int) -> Float[Array, "B S N h"]:
         """Puts the heads of all K experts that share a key head side by side, as grouped-query attention has them."""

@@ -186,7 +186,16 @@ class Transformer(nnx.Module):
 
         Args:
             expert_load: Load of the experts of each MoE layer, over the whole batch.
+
+        Raises:
+            ValueError: If the model has no such biases, or the shape is not `[MoE layers, E]`.
         """
+        config = self.config
+        if not config.router_bias_update_rate:
+            raise ValueError("the model has no selection biases; set router_bias_update_rate in its config")
+        shape = config.layer_kinds.count("moe"), config.num_experts
+        if expert_load.shape != shape:
+            raise ValueError(f"expert_load must be {list(shape)}, as in the model's aux, got {list(expert_load.shape)}")
         first = 0
         for group, stacked in zip(self.config.layer_groups, self.groups, strict=True):
             mlp = stacked.layers[-1].mlp

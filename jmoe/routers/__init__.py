@@ -11,7 +11,7 @@ from jmoe.routers.expert_choice import route_expert_choice
 from jmoe.routers.group_limited import route_group_limited
 from jmoe.routers.hash import HashRouter, HashTable, balanced_hash_table, random_hash_table, route_hash
 from jmoe.routers.hyper import HyperNetwork, HyperRouter
-from jmoe.routers.linear import LinearRouter
+from jmoe.routers.linear import LinearRouter, LogitsRouter
 from jmoe.routers.relu import L1Coefficient, ReLURouter, relu_density, relu_l1_loss, route_relu
 from jmoe.routers.router import Route, Router
 from jmoe.routers.sparsemixer import route_sparsemixer
@@ -27,6 +27,7 @@ __all__ = [
     "HyperRouter",
     "L1Coefficient",
     "LinearRouter",
+    "LogitsRouter",
     "ReLURouter",
     "Route",
     "Router",

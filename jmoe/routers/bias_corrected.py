@@ -79,8 +79,7 @@ def updated_bias(
 
     Args:
         bias: [E], of one layer, or [layers, E].
-        expert_load: [E], shares or counts of the assignments. All equal, as where there was no token, they change
-            nothing.
+        expert_load: [E], shares or counts of the assignments. One that is the mean, up to rounding, changes nothing.
         update_rate: how far.
 
     Returns:
@@ -101,6 +100,9 @@ def updated_bias(
         raise ValueError(
             f"expert_load has shape {list(expert_load.shape)}; it must be {list(bias.shape)}, as in the layer's aux."
         )
-    # Taken from the least, equal loads are exactly zero and no rounding of their mean moves a bias.
-    excess = expert_load - expert_load.min(axis=-1, keepdims=True)
-    return bias + update_rate * jnp.sign(excess.mean(axis=-1, keepdims=True) - excess)
+    # Shares are rounded, and so is their mean: an expert that has it exactly must not seem to miss it. A difference of
+    # one assignment is more than that as long as no expert has a million.
+    load = expert_load.astype(bias.dtype)
+    missing = load.mean(axis=-1, keepdims=True) - load
+    rounding = 8 * jnp.finfo(load.dtype).eps * load.max(axis=-1, keepdims=True)
+    return bias + update_rate * jnp.where(jnp.abs(missing) > rounding, jnp.sign(missing), 0)

@@ -4,13 +4,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jmoe.capacity import expert_capacity
 from jmoe.routing import ABSENT, Assignments, Score, checked_logits, log_score
 
 
 def route_expert_choice(
     logits: Float[Array, "T E"],
-    capacity: int,
+    capacity: int | None = None,
     *,
+    capacity_factor: float | None = None,
     score: Score = "softmax",
     scale: float = 1.0,
     mask: Bool[Array, " T"] | None = None,
@@ -20,13 +22,14 @@ def route_expert_choice(
     The load is perfect; a token may get any number of experts, none too. Its weights are its scores, which
     are taken over the experts. Every token of the batch can change what another one gets, so this is no
     router for generating token by token, nor does it keep the future out of a causal model. A NaN counts as
-    the largest score; the token's own output is NaN and no other token's. On a mesh `jmoe.MoE` has experts choose
-    among the tokens of each shard by themselves: `capacity` is per shard.
+    the largest score; the token's own output is NaN and no other token's, but it takes the places of others. On a
+    mesh `jmoe.MoE` has experts choose among the tokens of each shard by themselves: `capacity` is per shard.
 
     Args:
         logits: [T, E], the router's output, of any floating-point dtype.
-        capacity: tokens per expert, between 1 and T: in the paper `T * c / E`, with the capacity factor c,
-            the mean number of experts per token.
+        capacity: tokens per expert, between 1 and T.
+        capacity_factor: instead of `capacity`, the mean number of experts per token, as in the paper: an expert picks
+            `ceil(T * capacity_factor / E)` tokens. Of a layer on a mesh, T is the tokens of a shard.
         score: as in `jmoe.route_top_k`.
         scale: a factor on all weights.
         mask: bool[T], false for tokens that no expert may pick, such as padding. Where fewer than `capacity`
@@ -50,7 +53,11 @@ def route_expert_choice(
     """
     logits = checked_logits(logits)
     num_tokens, num_experts = logits.shape
-    if not 1 <= capacity <= num_tokens:
+    if (capacity is None) == (capacity_factor is None):
+        raise ValueError(f"capacity is {capacity} and capacity_factor {capacity_factor}; give one of them.")
+    if capacity_factor is not None:
+        capacity = expert_capacity(capacity_factor, num_tokens, num_experts)
+    if capacity is None or not 1 <= capacity <= num_tokens:
         raise ValueError(f"capacity is {capacity}; it must be between 1 and the number of tokens, {num_tokens}.")
     log_scores = log_score(logits, score)  # [T, E]
     # Of a softmax, the order of tokens is not that of the logits, but of the scores.

@@ -17,11 +17,15 @@ def route_hash(
 
     Args:
         token_ids: int[T], places in the vocabulary of V tokens. One outside [0, V) goes to no expert.
-        table: int[V, K], of `random_hash_table` or `balanced_hash_table`, or of one's own.
+        table: int[V, K], of `random_hash_table` or `balanced_hash_table`, or of one's own. An expert outside [0, E)
+            is an absent assignment.
         mask: as in `jmoe.route_top_k`.
 
     Returns:
         A `Routing` with weights in float32.
+
+    Raises:
+        ValueError: `table` is no matrix of integers, or `token_ids` no vector of integers.
 
     Source: Roller et al., arXiv 2106.04426.
 
@@ -31,11 +35,21 @@ def route_hash(
         >>> jmoe.routers.route_hash(jnp.array([2, 0, 2]), jnp.array([[1], [0], [3]])).expert_index.tolist()
         [[3], [1], [3]]
     """
+    _check_table(table)
+    if token_ids.ndim != 1 or not jnp.issubdtype(token_ids.dtype, jnp.integer):
+        raise ValueError(f"token_ids is {token_ids.dtype}{list(token_ids.shape)}; it must be int, one for each token.")
     vocabulary, k = table.shape
     expert_index = table.at[token_ids].get(mode="clip")
     routing = Routing(expert_index, jnp.full(expert_index.shape, 1 / k, jnp.float32))
     routing = routing.masked((token_ids >= 0) & (token_ids < vocabulary))
     return routing if mask is None else routing.masked(mask)
+
+
+def _check_table(table: Int[Array, "V K"]) -> None:
+    if table.ndim != 2 or not jnp.issubdtype(table.dtype, jnp.integer):
+        raise ValueError(
+            f"table is {table.dtype}{list(table.shape)}; it must be int[V, K]: the K experts of each token id."
+        )
 
 
 class HashTable(nnx.Variable):
@@ -50,6 +64,9 @@ class HashRouter(Router):
     Args:
         table: int[V, K], as in `route_hash`.
 
+    Raises:
+        ValueError: `table` is no matrix of integers.
+
     Source: Roller et al., arXiv 2106.04426.
 
     Example:
@@ -63,6 +80,7 @@ class HashRouter(Router):
     """
 
     def __init__(self, table: Int[Array, "V K"]):
+        _check_table(table)
         self.table = HashTable(table)
 
     def __call__(

@@ -68,9 +68,10 @@ class HyperRouter(LogitsRouter):
 
     @property
     def kernel(self) -> Float[Array, "D E"]:
-        """The kernel of the router, as the embedding makes it."""
-        hidden = jax.nn.relu(self.embedding[...] @ self.w_in[...])
-        return (hidden @ self.w_out[...]).reshape(-1, self.num_experts)
+        """The kernel of the router, as the embedding makes it, in float32 whatever the dtype of the variables."""
+        dtype = jnp.promote_types(self.embedding.dtype, jnp.float32)
+        e, w_in, w_out = (variable[...].astype(dtype) for variable in (self.embedding, self.w_in, self.w_out))
+        return (jax.nn.relu(e @ w_in) @ w_out).reshape(-1, self.num_experts)
 
     def __call__(self, x: Float[Array, "T D"], /, **inputs: Any) -> tuple[Routing | Assignments, Float[Array, "T E"]]:
         """Routes tokens, as `Router` says."""

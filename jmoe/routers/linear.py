@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -20,13 +21,22 @@ class LogitsRouter(Router):
 
     Args:
         route: `route(logits, *, mask=None, **options) -> Routing | Assignments`. It gets inputs as a `Router` does.
-        options: keyword arguments of `route`. Routers with equal options compare as equal, which stacking layers
-            needs and `functools.partial` does not give.
+        options: keyword arguments of `route`. Routers with equal options compare as equal, which stacking layers needs;
+            the keyword arguments of a `functools.partial` count as options, unless they hold arrays.
+
+    Raises:
+        ValueError: `route` is no function, or has no parameter for an option.
     """
 
     def __init__(self, route: Route, options: dict[str, Any]):
+        if isinstance(route, functools.partial) and _has_comparable_options(route):
+            route, options = route.func, {**route.keywords, **options}
+        _check_route(route, options)
         self.route = route
         self.options = tuple(sorted(options.items()))
+        k = inspect.signature(self._bound_route).parameters.get("k")
+        if k is not None and isinstance(k.default, int):
+            self.top_k = k.default
 
     @property
     def score(self) -> Score:
@@ -34,15 +44,48 @@ class LogitsRouter(Router):
         parameter = inspect.signature(self._bound_route).parameters.get("score")
         return "softmax" if parameter is None or parameter.default is parameter.empty else parameter.default
 
+    @property
+    def takes_key(self) -> bool:
+        """Whether a call gets a random key: where it, or the routing function, has an argument `key`."""
+        return any("key" in inspect.signature(function).parameters for function in (self.__call__, self.route))
+
     def routed(
         self, logits: Float[Array, "T E"], inputs: dict[str, Any]
     ) -> tuple[Routing | Assignments, Float[Array, "T E"]]:
-        """Routes by logits; returns both, as a router's call does."""
+        """Routes by logits; returns both, as a router's call does.
+
+        Raises:
+            ValueError: an input is one of the options, or as in `with_inputs`.
+        """
+        for name in inputs.keys() & dict(self.options).keys():
+            raise ValueError(
+                f"{name} is given, and is an option of the router, {dict(self.options)[name]!r}; leave it out."
+            )
         return with_inputs(self._bound_route, logits, inputs), logits
 
     @property
     def _bound_route(self) -> Route:
         return functools.partial(self.route, **dict(self.options))
+
+
+def _has_comparable_options(route: functools.partial) -> bool:
+    return not route.args and all(isinstance(option, Hashable) for option in route.keywords.values())
+
+
+def _check_route(route: Route, options: dict[str, Any]) -> None:
+    """Raises a ValueError unless a routing function can be called with the options."""
+    if not callable(route) or inspect.isclass(route):
+        name = f"the class {route.__name__}" if inspect.isclass(route) else repr(route)
+        raise ValueError(
+            f"router is {name}; it must be a routing function such as jmoe.route_top_k, or an instance of a "
+            "jmoe.routers.Router."
+        )
+    parameters = list(inspect.signature(route).parameters.values())[1:]
+    names = {parameter.name for parameter in parameters}
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    for name in options.keys() - names:
+        if not takes_any:
+            raise ValueError(f"{name} is no option of the routing function; it takes {sorted(names)}.")
 
 
 class LinearRouter(LogitsRouter):
@@ -57,8 +100,10 @@ class LinearRouter(LogitsRouter):
         param_dtype: the dtype of the kernel.
         kernel_init: initializer of the kernel.
         rngs: random keys for the kernel (stream "params").
-        **options: keyword arguments of `route`. Routers with equal options compare as equal, which stacking
-            layers needs and `functools.partial` does not give.
+        **options: keyword arguments of `route`, as of `LogitsRouter`.
+
+    Raises:
+        ValueError: `route` is no function, or has no parameter for an option.
 
     Example:
         >>> import jax.numpy as jnp

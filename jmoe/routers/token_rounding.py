@@ -30,8 +30,10 @@ def route_token_rounding(
     half of one at most). The remaining assignments of a token keep their weight. Where fewer tokens are left
     than an expert is to get, it gets all.
 
-    A token may lose experts here, all of them too: this is for training, where speed is worth that. At
-    inference use `jmoe.route_top_k`, as the paper does.
+    A token may lose experts here, all of them too: this is for training, where speed is worth that. An expert that less
+    than half a block chose gets nothing ("nearest"; "down": less than a block), so that with few tokens, `T * k / E`
+    less than `block_rows / 2`, there may be no assignment at all. At inference use `jmoe.route_top_k`, as the paper
+    does: a layer with the same parameters and `top_k=k`.
 
     Args:
         logits: [T, E], the router's output, of any floating-point dtype.

@@ -1,15 +1,20 @@
 """Uniform assignment: every expert gets the same number of tokens, for benchmarks."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jmoe.routing import Routing, route_top_k
+from jmoe.routing import Routing, Score, ScoreOrder, route_top_k
 
 
 def route_uniform(
-    logits: Float[Array, "T E"], k: int, *, mask: Bool[Array, " T"] | None = None, **options: Any
+    logits: Float[Array, "T E"],
+    k: int,
+    *,
+    score: Score = "softmax",
+    score_order: ScoreOrder = "before_top_k",
+    normalize: bool | float = True,
+    scale: float = 1.0,
+    mask: Bool[Array, " T"] | None = None,
 ) -> Routing:
     """Gives tokens experts in turn, with the weights of `jmoe.route_top_k`.
 
@@ -20,8 +25,11 @@ def route_uniform(
     Args:
         logits: [T, E], the router's output.
         k: experts per token.
+        score: as in `jmoe.route_top_k`.
+        score_order: as in `jmoe.route_top_k`.
+        normalize: as in `jmoe.route_top_k`.
+        scale: as in `jmoe.route_top_k`.
         mask: as in `jmoe.route_top_k`; tokens that are left are counted without the others.
-        **options: as in `jmoe.route_top_k`.
 
     Returns:
         A `Routing` with `expert_index` int32[T, k] and `weight` float32[T, k].
@@ -34,7 +42,7 @@ def route_uniform(
         >>> jmoe.routers.route_uniform(jnp.zeros((3, 4)), 2).expert_index.tolist()
         [[0, 1], [2, 3], [0, 1]]
     """
-    weight = route_top_k(logits, k, **options).weight
+    weight = route_top_k(logits, k, score=score, score_order=score_order, normalize=normalize, scale=scale).weight
     num_tokens, num_experts = logits.shape
     token = jnp.arange(num_tokens) if mask is None else jnp.cumsum(mask) - 1
     expert_index = (token[:, None] * k + jnp.arange(k)) % num_experts

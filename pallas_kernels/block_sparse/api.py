@@ -48,15 +48,16 @@ def sdd(
     """Computes the blocks of a product of dense matrices that a topology names: sparse = dense @ dense.
 
     Only these are computed. Sums are taken in float32 (float64 for float64 operands). Differentiable in reverse mode,
-    to any order, in `lhs` and `rhs`; `jax.vmap` runs the batch in sequence. The operation of this name of MegaBlocks
-    (arXiv 2211.15841, section 5.1) and STK.
+    to any order, in `lhs` and `rhs`; `jax.vmap` runs the batch in sequence. On a mesh call it inside `jax.shard_map`,
+    with `check_vma=False`. The operation of this name of MegaBlocks (arXiv 2211.15841, section 5.1) and STK.
 
     Args:
         lhs: [M, K], or [K, M] with `transpose_lhs`; floating point.
         rhs: [K, N], or [N, K] with `transpose_rhs`; floating point.
         topology: of shape (M, N); of a matrix its topology is taken.
         precision: of each product, as in `jax.lax.dot`; bfloat16 and float16 products are exact in any case.
-        preferred_element_type: the dtype of the result, by default the promoted dtype of the operands.
+        preferred_element_type: the dtype of the result, by default the promoted dtype of the operands. The result's
+            gradient is cast to theirs, in which that of a float32 result of float16 operands overflows past 65504.
         transpose_lhs: whether `lhs` is the transpose of the operand. No copy is made of it.
         transpose_rhs: whether `rhs` is.
         implementation: "mosaic_gpu" (Hopper GPUs; bfloat16 and float16; blocks of 128), "xla" and "reference"
@@ -84,6 +85,11 @@ def sdd(
             )
             return product.T
         topology = topology.topology
+    if not isinstance(topology, Topology):
+        raise ValueError(
+            f"topology is a {type(topology).__name__}; it must be a Topology, such as of Topology.from_mask, or a "
+            "BlockSparseMatrix that has it."
+        )
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
     _check_matrix("lhs", lhs)
     _check_matrix("rhs", rhs)
@@ -112,7 +118,8 @@ def dsd(
 ) -> Float[Array, "M N"]:
     """Multiplies a block-sparse with a dense matrix: dense = sparse @ dense.
 
-    Differentiable in reverse mode, to any order, in `sparse.values` and `dense`; sums and batches as in `sdd`.
+    Differentiable in reverse mode, to any order, in `sparse.values` and `dense`; sums, batches and meshes as in
+    `sdd`.
 
     Args:
         sparse: of shape (M, K), floating point; its `.T` is as fast.
@@ -134,6 +141,7 @@ def dsd(
         >>> dsd(sparse, jnp.array([[1.0], [5.0]])).tolist(), dsd(sparse.T, jnp.array([[1.0], [5.0]])).tolist()
         ([[10.0], [0.0]], [[0.0], [2.0]])
     """
+    _check_sparse(sparse)
     dense = jnp.asarray(dense)
     _check_matrix("dense", dense)
     contracted = dense.shape[1 if transpose_rhs else 0]
@@ -157,7 +165,8 @@ def dds(
 ) -> Float[Array, "M N"]:
     """Multiplies a dense with a block-sparse matrix: dense = dense @ sparse.
 
-    Differentiable in reverse mode, to any order, in `dense` and `sparse.values`; sums and batches as in `sdd`.
+    Differentiable in reverse mode, to any order, in `dense` and `sparse.values`; sums, batches and meshes as in
+    `sdd`.
 
     Args:
         dense: [M, K], or [K, M] with `transpose_lhs`; floating point.
@@ -179,6 +188,7 @@ def dds(
         >>> dds(jnp.array([[1.0, 5.0]]), sparse).tolist()
         [[0.0, 2.0]]
     """
+    _check_sparse(sparse)
     dense = jnp.asarray(dense)
     _check_matrix("dense", dense)
     contracted = dense.shape[0 if transpose_lhs else 1]
@@ -298,6 +308,14 @@ def _run(
 def _check_matrix(name: str, array: Array) -> None:
     if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} is {array.dtype}{list(array.shape)}; it must be a floating-point matrix.")
+
+
+def _check_sparse(sparse: BlockSparseMatrix) -> None:
+    if not isinstance(sparse, BlockSparseMatrix):
+        raise ValueError(
+            f"sparse is a {type(sparse).__name__}; it must be a BlockSparseMatrix, such as of "
+            "BlockSparseMatrix.from_dense. It is the left operand of dsd and the right one of dds."
+        )
 
 
 def _result_dtype(preferred: jax.typing.DTypeLike | None, operands: jnp.dtype) -> jnp.dtype:

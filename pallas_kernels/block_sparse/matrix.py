@@ -162,10 +162,13 @@ class BlockSparseMatrix:
         """Applies a function, element by element, to the stored blocks of matrices of one topology.
 
         The other blocks stay zero, even where the function is not zero at zero, as for a topology that is a mask.
+
+        Raises:
+            ValueError: `others` has a matrix of another topology. Where blocks are is seen unless it is traced; that
+                traced topologies are the same is the caller's to know.
         """
         for other in others:
-            same = (other.shape, other.block, other.values.shape) == (self.shape, self.block, self.values.shape)
-            if not same or other.is_transposed != self.is_transposed:
+            if other.is_transposed != self.is_transposed or not self.topology.may_equal(other.topology):
                 raise ValueError("others has a matrix of another topology; all must be of the same.")
         return self.with_values(function(self.values, *(other.values for other in others)))
 

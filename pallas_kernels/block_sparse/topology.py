@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple, no_type_check
 
@@ -100,11 +101,12 @@ class Topology:
             mask: bool[block rows, block columns].
             block: rows and columns of a block.
             num_blocks: how many blocks there can be, needed where the mask is traced; by default as many as it has.
-                Of a mask that has more the last ones, in the order of rows, are left out.
+                It must be at least `mask.sum()`: of a traced mask that has more the last ones, in the order of rows,
+                are left out.
 
         Raises:
-            ValueError: the mask is no boolean matrix, `block` or `num_blocks` is not positive, or the mask is traced
-                and `num_blocks` is missing.
+            ValueError: the mask is no boolean matrix, `block` or `num_blocks` is not positive, the mask is traced and
+                `num_blocks` is missing, or it is not traced and has more blocks.
 
         Example:
             >>> import jax.numpy as jnp
@@ -119,17 +121,77 @@ class Topology:
             raise ValueError(f"mask is {mask.dtype}{list(mask.shape)}; it must be bool[block rows, block columns].")
         if block < 1:
             raise ValueError(f"block is {block}; it must be at least 1.")
-        if num_blocks is None:
-            if isinstance(mask, Tracer):
-                raise ValueError("mask is traced and num_blocks is None; it must be a bound on the mask's blocks.")
-            num_blocks = max(int(mask.sum()), 1)
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks is {num_blocks}; it must be at least 1.")
+        if num_blocks is None and isinstance(mask, Tracer):
+            raise ValueError("mask is traced and num_blocks is None; it must be a bound on the mask's blocks.")
+        least = 1 if isinstance(mask, Tracer) else max(int(np.asarray(mask).sum()), 1)
+        num_blocks = least if num_blocks is None else num_blocks
+        if num_blocks < least:
+            raise ValueError(f"num_blocks is {num_blocks}; it must be at least {least}, the blocks of the mask or 1.")
         rows, columns = mask.shape
         index = jnp.nonzero(mask.ravel(), size=num_blocks, fill_value=mask.size)[0].astype(jnp.int32)
         row, column = jnp.divmod(index, columns) if mask.size else (index, index)
         column = jnp.where(index < mask.size, column, columns)
         return make_topology(row, column, (rows * block, columns * block), block)
+
+    @classmethod
+    def from_indices(
+        cls,
+        row_indices: Integer[Array, " B"] | Integer[np.ndarray, " B"],
+        column_indices: Integer[Array, " B"] | Integer[np.ndarray, " B"],
+        shape: tuple[int, int],
+        *,
+        block: int = 128,
+    ) -> "Topology":
+        """Makes the topology of the blocks at the given places, which it sorts by row and column.
+
+        Args:
+            row_indices: int[B], the block row of each block.
+            column_indices: int[B], the block column of each. A place outside the matrix is padding; the others must
+                differ.
+            shape: of the matrix, in elements, multiples of `block`.
+            block: rows and columns of a block.
+
+        Raises:
+            ValueError: the indices are no integers or not as many of each and at least one, `shape` is not one of
+                whole blocks, or a place that is not traced is there twice.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> topology = Topology.from_indices(jnp.array([1, 0]), jnp.array([0, 2]), (4, 6), block=2)
+            >>> topology.row_indices.tolist(), topology.column_indices.tolist(), topology.row_offsets.tolist()
+            ([0, 1], [2, 0], [0, 1, 2])
+        """
+        row, column = jnp.asarray(row_indices), jnp.asarray(column_indices)
+        integers = all(jnp.issubdtype(index.dtype, jnp.integer) for index in (row, column))
+        if not integers or row.ndim != 1 or row.shape != column.shape or not row.size:
+            raise ValueError(
+                f"row_indices is {row.dtype}{list(row.shape)} and column_indices {column.dtype}{list(column.shape)}; "
+                "they must be integers, as many of each and at least one."
+            )
+        if block < 1 or any(size < 0 or size % block for size in shape):
+            raise ValueError(f"shape is {shape}; it must be of multiples of the block, {block}.")
+        rows, columns = (size // block for size in shape)
+        is_inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        row, column = (
+            jnp.where(is_inside, index, past).astype(jnp.int32) for index, past in ((row, rows), (column, columns))
+        )
+        row, column = lax.sort((row, column), num_keys=2)
+        twice = (row[1:] == row[:-1]) & (column[1:] == column[:-1]) & (row[1:] < rows)
+        if not isinstance(twice, Tracer) and twice.any():
+            first = int(jnp.argmax(twice))
+            place = int(row[first]), int(column[first])
+            raise ValueError(f"row_indices and column_indices have the block {place} twice; each must be there once.")
+        return make_topology(row, column, tuple(shape), block)
+
+    def may_equal(self, other: "Topology") -> bool:
+        """Says whether another topology has the same blocks in the same slots, as far as they are not traced."""
+        if (self.shape, self.block, self.max_num_blocks) != (other.shape, other.block, other.max_num_blocks):
+            return False
+        pairs = (self.row_indices, other.row_indices), (self.column_indices, other.column_indices)
+        return all(
+            isinstance(mine, Tracer) or isinstance(theirs, Tracer) or np.array_equal(mine, theirs)
+            for mine, theirs in pairs
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "block", "rows_are_contiguous"))
@@ -186,7 +248,8 @@ def expert_topology(
         A `Topology` of `sum(hidden_sizes)` columns, and of as many rows as groups of any sizes can need.
 
     Raises:
-        ValueError: `hidden_sizes` do not fit `group_sizes` or `block`, or `num_rows` is negative.
+        ValueError: `hidden_sizes` are no static integers or do not fit `group_sizes` or `block`, or `num_rows` is
+            negative.
 
     Example:
         >>> import jax.numpy as jnp
@@ -196,7 +259,7 @@ def expert_topology(
         >>> topology.column_indices[:5].tolist()
         [0, 1, 0, 1, 3]
     """
-    hidden_sizes = tuple(hidden_sizes)
+    group_sizes, hidden_sizes = jnp.asarray(group_sizes), static_sizes("hidden_sizes", hidden_sizes)
     num_experts = group_sizes.shape[0] if group_sizes.ndim == 1 else -1
     if len(hidden_sizes) != num_experts or not jnp.issubdtype(group_sizes.dtype, jnp.integer) or not hidden_sizes:
         raise ValueError(
@@ -208,7 +271,7 @@ def expert_topology(
     if num_rows < 0:
         raise ValueError(f"num_rows is {num_rows}; it must not be negative.")
     widths = [size // block for size in hidden_sizes]
-    rows = max_num_blocks(num_experts, num_rows=num_rows, block_rows=block)
+    rows = max(max_num_blocks(num_experts, num_rows=num_rows, block_rows=block), 1)
     # Each expert that has rows has one row of blocks, and at most one more for each `block` rows of the others.
     num_slots = sum(widths) + max(widths) * (max(num_rows - 1, 0) // block)
     _, end_row = padded_bounds(group_sizes, num_rows=num_rows, block=block)
@@ -227,6 +290,14 @@ def expert_topology(
     column = first_column.at[expert[at]].get(mode="clip") + in_row
     column = jnp.where(is_block, column, sum(widths))
     return make_topology(of_slot, column, (rows * block, sum(widths) * block), block, rows_are_contiguous=True)
+
+
+def static_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Returns the sizes as Python's integers, or raises a ValueError that names the argument."""
+    try:
+        return tuple(operator.index(size) for size in sizes)
+    except TypeError:
+        raise ValueError(f"{name} is {sizes!r}; it must be a sequence of static integers.") from None
 
 
 def padded_bounds(

@@ -74,7 +74,8 @@ def grouped_matmul(
         group_sizes: int[G], the rows of each group; a negative size counts as 0, and sizes that sum to more than M
             are clipped there.
         precision: of each product, as in `jax.lax.dot`; bfloat16 and float16 products are exact in any case.
-        preferred_element_type: the dtype of the result, by default the promoted dtype of the operands.
+        preferred_element_type: the dtype of the result, by default the promoted dtype of the operands. The result's
+            gradient is cast to theirs, in which that of a float32 result of float16 operands overflows past 65504.
         group_offset: not supported; slice `rhs` and `group_sizes` instead.
         transpose_rhs: whether `rhs` holds its matrices transposed.
         lhs_index: int[M], which row of `lhs` each row is, clipped to [0, T); None for row m itself.
@@ -144,7 +145,7 @@ def grouped_weight_gradient(
         out_grad: [M, N], floating point; [T, N] with `out_grad_index`.
         group_sizes: int[G], as in `grouped_matmul`.
         precision: as in `grouped_matmul`.
-        preferred_element_type: the dtype of the result, by default the promoted dtype of the operands.
+        preferred_element_type: as in `grouped_matmul`.
         lhs_index: int[M], as in `grouped_matmul`.
         out_grad_index: int[M], the same for `out_grad`. On Hopper the rows of one operand can be read where they are;
             where both have an index, those of `out_grad` are copied first.

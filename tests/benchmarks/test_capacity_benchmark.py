@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -31,6 +32,31 @@ def test_the_program_trains_dropless_and_with_a_capacity_and_continues_its_file(
     assert "already" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         capacity.main(["--steps", "0"])
+
+
+def test_resuming_repeats_failures_and_measures_what_was_asked_otherwise(tmp_path, monkeypatch):
+    asked_for = []
+
+    def measure(setting, asked, *, seed):
+        asked_for.append(asked)
+        record = {"setting": setting, "asked": asked, **asked}
+        if len(asked_for) == 1:
+            return record | {"failure": "the first one"}
+        names = ("seconds_median", "dropped_fraction", "dropped_fraction_last")
+        names += ("cross_entropy_last", "validation", "validation_dropless")
+        return record | dict.fromkeys(names, 0.5)
+
+    monkeypatch.setattr(capacity, "measure", measure)
+    monkeypatch.setattr(capacity, "new_process", lambda: ThreadPoolExecutor(1))
+    file = tmp_path / "results.json"
+    longer = ["--only", "dropless", "--steps", "4", "--batch-size", "2", "--resume", "--out", str(file)]
+    assert capacity.main(longer) == 1
+    assert capacity.main(longer) == 0
+    assert capacity.main(longer) == 0
+    assert len(asked_for) == 2
+    assert capacity.main([*longer[:4], *longer[6:]]) == 0  # the preset's batch
+    assert [record["asked"] for record in json.loads(file.read_text())["records"]] == asked_for[1:]
+    assert len(asked_for) == 3
 
 
 def test_a_run_that_fails_is_recorded(tmp_path):

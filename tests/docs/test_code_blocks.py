@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from train.arguments import parse, with_file
-from train.cli import EvalCommand, GenerateCommand, TokenizerCommand, TrainCommand
+from train.arguments import parse, split, with_file
+from train.cli import EvalCommand, GenerateCommand, RunOptions, TokenizerCommand, TrainCommand
 from train.config import preset
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,8 @@ def _check_jmoe_train(arguments):
     if arguments and arguments[0] in commands:
         parse(commands[arguments[0]], arguments[1:])
     elif arguments != ["--help"]:
-        parse(TrainCommand, arguments, default=TrainCommand(fields=preset("tiny")))
+        options, _ = split(RunOptions, arguments)
+        parse(TrainCommand, arguments, default=TrainCommand(fields=preset(options.preset or "tiny")))
 
 
 def _check_make(arguments):
@@ -78,6 +79,10 @@ def _check_python(arguments):
         assert importlib.util.find_spec(arguments[1]), f"there is no module {arguments[1]}"
 
 
+def _check_srun(arguments):
+    _check_jmoe_train(arguments[arguments.index("jmoe-train") + 1 :])
+
+
 def _accept(arguments):
     """A command of another program, which the pages only show."""
 
@@ -89,6 +94,7 @@ _COMMANDS = {
     "make": _check_make,
     "pip": _check_pip,
     "python": _check_python,
+    "srun": _check_srun,
     "tensorboard": _accept,
 }
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 import jmoe
 from jmoe.capacity import expert_capacity
@@ -143,16 +144,25 @@ def test_a_dropped_assignment_gets_no_gradient():
     assert np.all(np.any(dx[~nobody] != 0, axis=1))
 
 
-@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
-def test_a_mesh_drops_what_one_device_drops(kind, relative_error):
-    x = tokens(16, 5)
-    mask = jnp.ones((16, 5), bool).at[3:6].set(False)
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        (AxisType.Auto, jax.P(("data", "expert"))),
+        (AxisType.Explicit, jax.P(("data", "expert"))),
+        (AxisType.Explicit, jax.P(None, "data")),
+        (AxisType.Explicit, jax.P("data", "expert")),
+    ],
+    ids=["auto", "sequences", "parts-of-sequences-only", "parts-of-sequences"],
+)
+def test_a_mesh_drops_what_one_device_drops(kind, spec, relative_error):
+    x = tokens(16, 4)
+    mask = jnp.ones((16, 4), bool).at[3:6].set(False)
     expected_y, expected = apply(make_layer(capacity_factor=0.7), x, mask)
     assert expected.dropped_fraction > 0.1
     mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(kind, kind))
     with jax.set_mesh(mesh):
         moe = make_layer(capacity_factor=0.7)
-        x, mask = (jax.device_put(a, jax.NamedSharding(mesh, jax.P(("data", "expert")))) for a in (x, mask))
+        x, mask = (jax.device_put(a, jax.NamedSharding(mesh, spec)) for a in (x, mask))
         y, aux = apply(moe, x, mask)
     assert relative_error(y, expected_y) < 2e-6
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), aux, expected)

@@ -7,6 +7,7 @@ from flax import nnx
 from jax.experimental import checkify
 
 import jmoe
+from jmoe.models.attention import KVCache, cached_attention
 
 
 def error_of(function, *arguments):
@@ -59,6 +60,25 @@ def test_a_routing_that_breaks_a_rule_is_reported(token_index, expert_index, wei
 )
 def test_a_dispatch_that_breaks_a_rule_is_reported(token_index, weight, message):
     assert message in error_of(parallel_linear, jnp.array(token_index), jnp.array([1, 0]), jnp.array(weight))
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        ([[3], [4]], "a position is outside [0, C), the slots of the cache"),
+        ([[0, 1], [2, 3]], "starts past position 0 of its cache"),
+        ([[0, 1], [0, 1]], None),
+    ],
+)
+def test_positions_that_a_cache_cannot_serve_are_reported(positions, message):
+    positions, slots = jnp.array(positions), jnp.zeros((2, 4, 1, 2))
+
+    def attend(positions, slots):
+        heads = jnp.ones((*positions.shape, 1, 2))
+        return cached_attention(heads, heads, heads, positions, None, KVCache(slots, slots), "xla")[0]
+
+    error = error_of(attend, positions, slots)
+    assert error is None if message is None else message in error
 
 
 @pytest.mark.parametrize("function", [moe_mlp, parallel_linear])

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +168,37 @@ def test_new_adapters_change_nothing_and_compute_in_the_dtype_asked_for(routing)
     layer = jmoe.LoRAExperts(normal(0, D, N), RANK, num_experts=E, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(layer.merged_kernel(), jnp.broadcast_to(layer.kernel[...], (E, D, N)))
     assert layer(normal(3, T, D), jmoe.make_dispatch(routing, E)).dtype == jnp.bfloat16
+
+
+def test_updates_that_the_dtype_of_the_kernel_would_round_away_are_merged_in_a_wider_one(relative_error):
+    kernel, b_init = normal(0, D, N).astype(jnp.bfloat16), nnx.initializers.normal(1e-3)
+    layer = jmoe.LoRAExperts(kernel, RANK, num_experts=E, b_init=b_init, rngs=nnx.Rngs(0))
+    assert layer.merged_kernel().dtype == jnp.bfloat16
+    update = layer.merged_kernel(jnp.float32) - kernel.astype(jnp.float32)
+    assert relative_error(update, np.asarray(layer.lora_a[...]) @ np.asarray(layer.lora_b[...])) < 1e-2
+
+
+@pytest.mark.parametrize(("kernel_kind", "leading"), [("dense", ()), ("experts", ("expert",))])
+def test_the_frozen_kernel_is_sharded_like_the_adapters(kernel_kind, leading):
+    mesh = jax.make_mesh((2, 2), ("expert", "tensor"))
+    axes = (None, "heads")
+    shardings: Any = jmoe.named_sharding(nnx.state(make(kernel_kind, axes=axes)), mesh)
+    with jax.set_mesh(mesh):
+        placed: Any = make(kernel_kind, axes=axes)
+    for kernel, lora_b in (
+        (shardings["kernel"].get_value(), shardings["lora_b"].get_value()),
+        (placed.kernel[...].sharding, placed.lora_b[...].sharding),
+    ):
+        assert tuple(kernel.spec) == (*leading, None, "tensor")
+        assert tuple(lora_b.spec) == ("expert", None, "tensor")
+
+
+def test_a_dispatch_of_other_experts_and_what_is_none_are_named(routing, without_annotation_checks):
+    layer, x = make("dense"), normal(3, T, D)
+    with pytest.raises(ValueError, match=r"dispatch is of 5 experts; it must be of 4, the layer's num_experts"):
+        layer(x, jmoe.make_dispatch(routing, E + 1))
+    with pytest.raises(ValueError, match=r"dispatch is a Routing; it must be a jmoe.Dispatch"):
+        layer(x, routing)
 
 
 @pytest.mark.parametrize(

@@ -208,8 +208,18 @@ def test_router_jitter_acts_only_where_keys_are_passed():
     plain, noisy, again = run(moe, x, None), run(moe, x, nnx.Rngs(1)), run(moe, x, nnx.Rngs(1))
     np.testing.assert_array_equal(noisy[0], again[0])
     assert plain[1].router_z_loss != noisy[1].router_z_loss
+    with pytest.raises(ValueError, match=r"rngs has the streams \['dropout'\]; .* needs 'router' or 'default'"):
+        moe(x, rngs=nnx.Rngs(dropout=0))
     moe.router_jitter = 0.0
     np.testing.assert_array_equal(run(moe, x, nnx.Rngs(1))[0], plain[0])
+    rngs = nnx.Rngs(dropout=0)
+    moe(x, rngs=rngs)  # nothing draws
+    assert rngs.dropout.count[...] == 0
+    linen = jmoe.linen.MoE(12, 20, num_experts=6, top_k=2, router_jitter=0.5)
+    apply = jax.jit(lambda key: linen.apply({"params": nnx.to_pure_dict(nnx.state(moe))}, x, rngs=key))
+    first, second = (apply({"router": jax.random.key(i)}) for i in range(2))
+    np.testing.assert_allclose(apply({})[0], plain[0], rtol=1e-5, atol=1e-6)
+    assert len({float(aux.router_z_loss) for _, aux in (plain, first, second)}) == 3
 
 
 def test_a_single_token_without_batch_axes_is_accepted():
@@ -258,7 +268,7 @@ def test_layers_are_stacked_by_nnx_vmap():
         ({"top_k": 7}, "top_k is 7; without a router it must be between 1 and the number of experts, 6"),
         ({"top_k": None}, "top_k is None; without a router it must be"),
         ({"num_zero_experts": -1}, "num_zero_experts is -1"),
-        ({"load_balancing": "token"}, "load_balancing is 'token'; it must be 'layer' or 'sequence'"),
+        ({"load_balancing": "token"}, "load_balancing is 'token'; it must be one of 'layer', 'sequence'"),
         ({"shared_hidden_features": -1}, "shared_hidden_features is -1"),
         (
             {"shared_combine": "mean"},
@@ -267,13 +277,18 @@ def test_layers_are_stacked_by_nnx_vmap():
         ({"shared_combine": "weighted_sum"}, "without a shared expert; set shared_hidden_features"),
         ({"activation": "swish"}, "activation is 'swish'"),
         ({"score": "tanh"}, "score is 'tanh'"),
+        ({"normalize": 0}, "normalize is 0; it must be True, False or the p of a p-norm"),
+        ({"weight_on": "x"}, "weight_on is 'x'; it must be one of 'output', 'input'"),
+        ({"router_jitter": 1.0}, "router_jitter is 1.0; it must be from 0"),
+        ({"hidden_features": 8.0}, "hidden_features is 8.0; it must be an int, or a list"),
+        ({"hidden_features": np.full(6, 128)}, "hidden_features is array"),
         ({"implementation": "cuda"}, "implementation is 'cuda'"),
     ],
 )
 def test_a_bad_option_is_a_value_error_that_names_it(arguments, message):
     sizes = {"features": 12, "hidden_features": 20, "num_experts": 6, "top_k": 2}
     with pytest.raises(ValueError, match=message):
-        jmoe.MoE(**{**sizes, **arguments}, rngs=nnx.Rngs(0))(tokens(4))
+        jmoe.MoE(**{**sizes, **arguments}, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.usefixtures("without_annotation_checks")
@@ -284,6 +299,7 @@ def test_a_bad_option_is_a_value_error_that_names_it(arguments, message):
         (jnp.ones((4, 12), int), None, "x is int32"),
         (jnp.ones((4, 12)), jnp.ones((4, 1), bool), r"mask is bool\[4, 1\]; it must be bool\[4\]"),
         (jnp.ones((4, 12)), jnp.ones(4), r"mask is float32\[4\]"),
+        (jnp.ones((4, 12)), [True] * 4, r"mask is \[True, True, True, True\]; it must be an array"),
     ],
 )
 def test_a_bad_input_is_a_value_error_that_names_it(x, mask, message):

@@ -261,6 +261,11 @@ def test_bad_arguments_are_named(make_problem, without_annotation_checks):
     for call, message in (
         (lambda: jmoe.parallel_linear(x[:, :3], kernel, dispatch), r"x is .*\[7, 3\]; it must be .*\[T=7, D=5\]"),
         (lambda: jmoe.parallel_linear(x[:3], kernel, dispatch), r"x is .*\[3, 5\]; it must be .*\[T=7, D=5\]"),
+        (
+            lambda: jmoe.parallel_linear(jnp.ones((14, 5)), kernel, dispatch),
+            r"x is .*\[14, 5\]; .* or \[T, K, D\], a row for each assignment",
+        ),
+        (lambda: jmoe.parallel_linear(x, kernel, problem.routing), "dispatch is a Routing; it must be a jmoe.Dispatch"),
         (lambda: jmoe.parallel_linear(x, kernel[:3], dispatch), r"kernel is .*; it must be .*\[E=4, D, N\]"),
         (lambda: jmoe.parallel_linear(x, kernel, dispatch, grouped_in=True), r"x is .*; .*\[R=14, D=5\].*grouped_in"),
         (lambda: jmoe.parallel_linear(x, kernel, dispatch, bias=kernel[:, 0, :2]), r"bias is .*\[E=4, N=6\]"),

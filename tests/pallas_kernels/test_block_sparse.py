@@ -221,7 +221,7 @@ def test_a_batch_gives_the_products_of_its_elements(normal, relative_error):
         assert relative_error(out[i], expected) < 1e-6
 
 
-def test_what_does_not_fit_is_said(normal):
+def test_what_does_not_fit_is_said(without_annotation_checks):
     topology = Topology.from_mask(np.ones((2, 3), bool), block=4)
     matrix = BlockSparseMatrix(jnp.ones((6, 4, 4)), topology)
     with pytest.raises(ValueError, match=r"lhs is \[8, 5\] .* must exist and have the topology's shape, \(8, 12\)"):
@@ -232,6 +232,12 @@ def test_what_does_not_fit_is_said(normal):
         dsd(matrix, jnp.ones((8, 3)))
     with pytest.raises(ValueError, match=r"dense is \[3, 12\] .* and sparse \(8, 12\)"):
         dds(jnp.ones((3, 12)), matrix)
+    with pytest.raises(ValueError, match="sparse is a ArrayImpl; it must be a BlockSparseMatrix"):
+        dsd(jnp.ones((8, 12)), matrix)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sparse is a ArrayImpl; it must be a BlockSparseMatrix"):
+        dds(matrix, jnp.ones((12, 8)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="topology is a ndarray; it must be a Topology"):
+        sdd(jnp.ones((8, 5)), jnp.ones((5, 12)), np.ones((2, 3), bool))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs a Hopper GPU"):
         dsd(matrix, jnp.ones((12, 64)), implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="preferred_element_type is int32"):

@@ -56,6 +56,18 @@ def test_every_number_of_a_topology_is_what_its_mask_says(mask, block):
     )
 
 
+def test_topologies_come_from_indices_in_any_order_with_padding_anywhere():
+    rows, columns = np.nonzero(MASK)
+    order = np.random.default_rng(0).permutation(7)
+    rows, columns = np.append(rows, [-1, 2])[order], np.append(columns, [1, 5])[order]
+
+    @jax.jit
+    def make(rows, columns):
+        return Topology.from_indices(rows, columns, (12, 20), block=4)
+
+    check_metadata(make(rows, columns), MASK)
+
+
 def test_blocks_past_the_bound_are_left_out():
     kept = MASK.copy()
     kept[2, 4] = False
@@ -72,6 +84,7 @@ def test_blocks_past_the_bound_are_left_out():
         ([8], [8], 8),
         ([30, 0, 1], [20, 4, 4], 31),
         ([5, -3, 50], [4, 4, 4], 20),  # clipped to 5, 0, 15
+        ([0], [8], 0),
         ([], [4], 3),
     ],
 )
@@ -130,8 +143,10 @@ def test_maps_apply_to_stored_blocks_only(normal):
     dense = np.asarray(matrix.to_dense())
     np.testing.assert_allclose(matrix.map(jnp.exp).to_dense(), np.where(inside, np.exp(dense), 0), rtol=1e-6)
     np.testing.assert_allclose(matrix.T.map(jnp.multiply, matrix.T).to_dense(), (dense**2).T, rtol=1e-6)
-    with pytest.raises(ValueError, match="of the same"):
-        matrix.map(jnp.add, matrix.T)
+    elsewhere = BlockSparseMatrix.select(normal(12, 20), Topology.from_mask(~MASK, block=4, num_blocks=10))
+    for other in (matrix.T, elsewhere, BlockSparseMatrix.from_mask(MASK[:, ::-1].copy(), block=4, num_blocks=6)):
+        with pytest.raises(ValueError, match="of the same"):
+            matrix.map(jnp.add, other)
 
 
 def test_the_matrix_of_a_mask_is_ones():
@@ -158,11 +173,21 @@ def test_gradients_reach_values_and_not_padding(normal):
     np.testing.assert_array_equal(jax.grad(lambda values: matrix.with_values(values).sum())(matrix.values)[5:], 0)
 
 
-def test_what_cannot_be_is_said():
+def test_what_cannot_be_is_said(without_annotation_checks):
     with pytest.raises(ValueError, match="mask is traced and num_blocks is None"):
         jax.jit(lambda mask: Topology.from_mask(mask))(MASK)
-    with pytest.raises(ValueError, match="num_blocks is 0"):
-        Topology.from_mask(MASK, num_blocks=0)
+    for num_blocks in (0, 4):
+        with pytest.raises(ValueError, match=f"num_blocks is {num_blocks}; it must be at least 5"):
+            Topology.from_mask(MASK, num_blocks=num_blocks)
+    index = np.array([0, 2, 0])
+    with pytest.raises(ValueError, match=r"the block \(0, 1\) twice"):
+        Topology.from_indices(index, np.array([1, 1, 1]), (12, 20), block=4)
+    with pytest.raises(ValueError, match=r"row_indices is int\d+\[3\] and column_indices int\d+\[2\]"):
+        Topology.from_indices(index, index[:2], (12, 20), block=4)
+    with pytest.raises(ValueError, match=r"shape is \(12, 21\)"):
+        Topology.from_indices(index, index, (12, 21), block=4)
+    with pytest.raises(ValueError, match="hidden_sizes is 64; it must be a sequence of static integers"):
+        expert_topology(jnp.array([1, 2]), 64, num_rows=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="block is 0"):
         Topology.from_mask(MASK, block=0)
     with pytest.raises(ValueError, match=r"must be a matrix of blocks of 4"):

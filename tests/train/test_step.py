@@ -93,7 +93,7 @@ def test_selection_biases_move_with_the_load_and_nothing_else_touches_them(scan_
     routing = {"router_score": "sigmoid", "router_bias_update_rate": 0.125, "load_balancing_coef": 0.0}
     model = dataclasses.replace(MODEL, **layers, **routing)
     optimizer = optax.adamw(1e-3, weight_decay=0.5)
-    step = make_train_step(graph_of(model), optimizer, SCHEDULE, accumulation_steps=2)
+    step, whole_step = (make_train_step(graph_of(model), optimizer, SCHEDULE, steps) for steps in (2, 1))
     state = init_state(model, optimizer, 0)
     assert "'bias'" not in str(jax.tree.structure(state.opt_state))
 
@@ -109,6 +109,13 @@ def test_selection_biases_move_with_the_load_and_nothing_else_touches_them(scan_
         expected += 0.125 * np.sign(np.round(0.25 - load, 5))
         np.testing.assert_array_equal(biases(state), expected)
     assert expected.any()
+    # Also where the parts of a batch have different shares of its targets and of its assignments, or no targets.
+    batch = _batch([0, 5, 2, 6])
+    batch |= {"segment_ids": jnp.ones((4, 8), jnp.int32)}
+    for mask in (batch["mask"], jnp.zeros((4, 8), bool)):
+        in_parts, _ = step(jax.tree.map(jnp.copy, state), {**batch, "mask": mask})
+        in_one, _ = whole_step(jax.tree.map(jnp.copy, state), {**batch, "mask": mask})
+        np.testing.assert_array_equal(biases(in_parts), biases(in_one))
     # A bias that is this large decides alone, in training and in evaluation.
     router = state.params["groups"][1]["layers"][0]["mlp"]["router"]
     router["bias"] = router["bias"] + jnp.array([0.0, 9.0, 0.0, 9.0])

@@ -11,9 +11,9 @@ from jmoe.models import MixtureOfAttention
 D, HEAD, EXPERTS, THETA = 12, 6, 5, 100.0
 
 
-def make(top_k=2, num_heads=4, num_kv_heads=2, **options):
+def make(top_k=2, num_heads=4, num_kv_heads=2, *, features=D, **options):
     return MixtureOfAttention(
-        D,
+        features,
         HEAD,
         EXPERTS,
         top_k,
@@ -175,6 +175,7 @@ def test_it_computes_in_its_dtype_and_routes_in_float32():
     y, aux, cache = nnx.eval_shape(lambda m, x: m(x, positions, cache=cache), layer, inputs(1, 1))
     assert y.dtype == cache.key.dtype == jnp.bfloat16
     assert aux.router_z_loss.dtype == layer.out.kernel.dtype == jnp.float32
+    assert make(param_dtype=jnp.bfloat16).empty_cache(1, 2).key.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -182,13 +183,29 @@ def test_it_computes_in_its_dtype_and_routes_in_float32():
     [
         ({"num_heads": 3}, "num_heads is 3; it must be a multiple of num_kv_heads, 2"),
         ({"top_k": 6}, "top_k is 6; it must be between 1 and num_experts, 5"),
+        ({"features": 0}, "features is 0; it must be at least 1"),
+        ({"attention_implementation": "flash"}, "attention_implementation is 'flash'; it must be one of 'auto', "),
     ],
 )
-def test_bad_sizes_are_named(arguments, message):
+def test_bad_options_are_named(arguments, message, without_annotation_checks):
     with pytest.raises(ValueError, match=message):
         make(**arguments)
 
 
-def test_an_input_of_another_shape_is_named(without_annotation_checks):
+def test_inputs_of_other_shapes_and_dtypes_are_named(without_annotation_checks):
+    layer, x, index = make(), inputs(2, 5), jnp.arange(5)
     with pytest.raises(ValueError, match=r"x is float32\[5, 12\]; it must be floating-point \[B, S, D=12\]"):
-        make()(inputs(5))
+        layer(inputs(5))
+    with pytest.raises(ValueError, match=r"positions is int\d+\[5\]; it must be integer \[B=2, S=5\]"):
+        layer(x, index)
+    with pytest.raises(ValueError, match=r"segment_ids is int\d+\[5\]; it must be integer \[B=2, S=5\]"):
+        layer(x, segment_ids=index)
+    for cache in (layer.empty_cache(3, 8), make(dtype=jnp.bfloat16).empty_cache(2, 8)):
+        with pytest.raises(ValueError, match=r"cache.key is .*; it must be float32\[B=2, C, 2, 6\], as of empty_cache"):
+            layer(x, cache=cache)
+
+
+def test_a_token_with_a_cache_needs_its_position():
+    layer = make()
+    with pytest.raises(ValueError, match="positions is None, with a cache and one token"):
+        layer(inputs(2, 1), cache=layer.empty_cache(2, 8))

@@ -158,3 +158,12 @@ def test_a_model_without_moe_layers_has_empty_statistics(config, tokens):
 def test_a_sequence_that_is_too_long_raises(model):
     with pytest.raises(ValueError, match="at most max_sequence_length = 16 columns, got 17"):
         model(jnp.zeros((1, 17), jnp.int32))
+
+
+def test_biases_are_not_updated_where_there_are_none_or_by_other_loads(config):
+    loads = jnp.zeros((1, config.num_experts + 1))
+    for rate, message in ((0.0, "no selection biases; set router_bias_update_rate"), (0.1, "expert_load must be")):
+        changed = dataclasses.replace(config, router_bias_update_rate=rate, router_score_order="before_top_k")
+        model = nnx.eval_shape(lambda changed=changed: Transformer(changed, rngs=nnx.Rngs(0)))
+        with pytest.raises(ValueError, match=message):
+            model.update_biases(loads)

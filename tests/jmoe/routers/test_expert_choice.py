@@ -78,6 +78,14 @@ def test_gradients_of_the_weights_match_finite_differences():
         np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-6)
 
 
+def test_the_capacity_may_be_a_mean_number_of_experts_per_token(logits):
+    routing, expected = route_expert_choice(logits, capacity_factor=1.1), route_expert_choice(logits, 7)
+    np.testing.assert_array_equal(routing.token_index, expected.token_index)
+    for capacities in ({}, {"capacity": 7, "capacity_factor": 1.1}):
+        with pytest.raises(ValueError, match="give one of them"):
+            route_expert_choice(logits, **capacities)
+
+
 @pytest.mark.parametrize("capacity", [0, 31])
 def test_a_capacity_that_is_no_number_of_tokens_raises(capacity, logits):
     with pytest.raises(ValueError, match=f"capacity is {capacity}; it must be between 1 and the number of tokens, 30"):

@@ -193,6 +193,16 @@ def test_stacked_biases_are_updated_layer_by_layer():
     assert biases.tolist() == [[0.75, 0.75, 1.25], [1.25, 1.25, 0.75]]
 
 
+def test_rounding_of_the_shares_moves_no_bias():
+    counts = np.random.default_rng(0).integers(1, 40, (300, 8))
+    counts[:, 0] = 0
+    counts[:, 0] = np.maximum(np.round(counts.sum(axis=1) / 7), 1)  # the mean, where 7 divides the others
+    shares = jnp.asarray(counts, jnp.float32) / counts.sum(axis=1, keepdims=True).astype(np.float32)
+    biases = updated_bias(jnp.zeros((300, 8)), shares, 1.0)
+    np.testing.assert_array_equal(biases, np.sign(counts.mean(axis=1, keepdims=True) - counts))
+    assert (biases == 0).any()
+
+
 def test_the_linen_layer_keeps_the_bias_in_a_collection_of_its_own():
     layer = jmoe.linen.MoE(
         8, 10, 6, router=BiasCorrectedRouter(8, 6, 2, num_groups=3, top_k_groups=2, rngs=nnx.Rngs(1))

@@ -80,6 +80,7 @@ def test_the_table_is_no_parameter_and_the_linen_layer_takes_it_too():
     np.testing.assert_allclose(aux.expert_load, [1 / 3, 2 / 3], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("without_annotation_checks")
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
@@ -88,6 +89,7 @@ def test_the_table_is_no_parameter_and_the_linen_layer_takes_it_too():
             {"token_ids": jnp.zeros(3, int), "ids": jnp.zeros(3, int)},
             "ids is given, and the router has no such argument",
         ),
+        ({"token_ids": jnp.zeros(3)}, r"token_ids is float32\[3\]; it must be int"),
         ({"token_ids": jnp.zeros(4, int)}, r"token_ids is \[4\]; it must be \[3, '...'\]"),
     ],
 )
@@ -95,6 +97,13 @@ def test_other_inputs_than_the_router_takes_raise(inputs, message):
     moe = jmoe.MoE(8, 10, 2, router=HashRouter(jnp.array([[0], [1]])), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=message):
         moe(jnp.ones((3, 8)), **inputs)
+
+
+@pytest.mark.usefixtures("without_annotation_checks")
+@pytest.mark.parametrize("table", [jnp.zeros(9, int), jnp.zeros((9, 1))])
+def test_a_table_that_is_none_raises(table):
+    with pytest.raises(ValueError, match=r"table is .*; it must be int\[V, K\]"):
+        HashRouter(table)
 
 
 def test_more_experts_than_there_are_raise():

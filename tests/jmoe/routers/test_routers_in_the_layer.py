@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +47,49 @@ def test_a_function_needs_no_argument_for_what_it_does_not_use(mask):
     np.testing.assert_array_equal(y, apply(make_moe(), tokens(5), mask)[0])
 
 
+def test_a_key_goes_only_to_a_function_that_names_it():
+    rngs = nnx.Rngs(0)
+    for route in (ROUTES["uniform"], lambda logits, **options: jmoe.route_top_k(logits, 2, **options)):
+        moe = make_moe(route)
+        np.testing.assert_array_equal(moe(tokens(5), rngs=rngs)[0], moe(tokens(5))[0])
+    assert rngs.default.count[...] == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_assignments_of_tokens_that_are_not_there_count_nowhere(masked):
+    def first_and_beyond(logits):
+        token = jnp.array([5, 0, 1, -1, 7])
+        return jmoe.Assignments(token, jnp.array([3, 2, 3, 4, 4]), jnp.ones(5))
+
+    mask = jnp.ones(5, bool) if masked else None
+    moe = make_moe(first_and_beyond, capacity_factor=6 / 5)
+    y, aux = moe(tokens(5), mask=mask)
+    assert aux.expert_load.tolist() == [0, 0, 0.5, 0.5, 0, 0]
+    np.testing.assert_allclose(aux.experts_per_token, 2 / 5)
+    assert aux.dropped_fraction == 0
+    assert np.any(y[:2] != 0, axis=1).all()
+    assert np.all(y[2:] == 0)
+
+
+def test_k_is_the_routers_own_and_not_the_room_of_its_list():
+    options = {"shared_hidden_features": 4, "shared_combine": "weighted_sum"}
+    moe = make_moe(functools.partial(routers.route_token_rounding, k=2, block_rows=1), **options)
+    np.testing.assert_allclose(moe(tokens(9))[0], make_moe(**options)(tokens(9))[0], rtol=1e-5, atol=1e-6)
+    moe = make_moe(functools.partial(routers.route_token_rounding, k=2, block_rows=4), **options)
+    y, _ = moe(tokens(9))  # of 9 tokens, or of the same 9 and 9 that are masked
+    twice, _ = moe(jnp.tile(tokens(9), (2, 1)), mask=jnp.arange(18) < 9)
+    np.testing.assert_allclose(twice[:9], y, rtol=1e-5, atol=1e-6)
+
+    moe = make_moe(functools.partial(routers.route_expert_choice, capacity=2), **options)
+    with pytest.raises(ValueError, match="room for 12 assignments of 9 tokens, and does not say K"):
+        moe(tokens(9))
+
+
 class Farthest(routers.Router):
-    """To the expert that scores least, with weight 1; counts the tokens."""
+    """To the expert that scores least, with weight 1; counts the tokens, and its calls."""
 
     def __init__(self):
+        self.calls = nnx.Variable(jnp.zeros(()))
         self.kernel = nnx.Param(jax.random.normal(jax.random.key(0), (8, 6)))
 
     @property
@@ -57,6 +97,7 @@ class Farthest(routers.Router):
         return "sigmoid"
 
     def __call__(self, x, *, bonus=None):
+        self.calls[...] += 1
         logits = x @ self.kernel[...]
         worst = jnp.argmin(logits if bonus is None else logits - bonus, axis=1, keepdims=True)
         return jmoe.Routing(worst, jnp.ones(worst.shape)), logits
@@ -82,6 +123,7 @@ def test_a_router_of_ones_own_gets_its_inputs_and_reports_statistics(on_mesh):
     np.testing.assert_allclose(aux.mean_score, scores.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(aux.load_balancing_loss, 6 * np.sum(load * scores.mean(axis=0)), rtol=1e-5)
     assert aux.router == {"tokens": 18}
+    assert moe.router.calls[...] == 0  # the layer works on a copy
     assert aux_with_bonus.expert_load.tolist() == [0, 0, 0, 0, 1, 0]
 
 
@@ -177,6 +219,10 @@ def test_a_hyper_router_trains_the_embedding_and_nothing_else(relative_error):
     assert relative_error(logits, expected) < 1e-6
     np.testing.assert_array_equal(routing.expert_index, np.argsort(-expected, axis=1)[:, :2])
 
+    half = routers.HyperRouter(8, 6, jmoe.route_top_k, k=2, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
+    e, w_in, w_out = (np.asarray(v[...], np.float64) for v in (half.embedding, half.w_in, half.w_out))
+    assert relative_error(half.kernel, (np.maximum(e @ w_in, 0) @ w_out).reshape(8, 6)) < 1e-6
+
     moe = make_moe(router)
     gradients = nnx.grad(lambda moe: jnp.sum(moe(x)[0] ** 2))(moe)
     assert list(gradients.router) == ["embedding"]
@@ -190,10 +236,38 @@ def test_the_linen_layer_takes_a_function_too():
     assert jax.jit(layer.apply)(variables, tokens(4))[0].shape == (4, 8)
 
 
-def test_layers_with_equal_options_have_equal_structures():
-    first, second = (nnx.graphdef(make_moe(scale=2.5)) for _ in range(2))
+@pytest.mark.parametrize("partial", [False, True])
+def test_layers_with_equal_options_have_equal_structures(partial):
+    def make():
+        return make_moe(functools.partial(jmoe.route_top_k, k=2)) if partial else make_moe(scale=2.5)
+
+    first, second = (nnx.graphdef(make()) for _ in range(2))
     assert first == second
     assert hash(first) == hash(second)
+
+
+def test_a_partial_that_holds_arrays_is_taken_as_it_is():
+    bias = jnp.array([0.0, 0, 9, 9, 0, 0])
+    moe = make_moe(functools.partial(routers.route_group_limited, k=2, selection_bias=bias))
+    assert apply(moe, tokens(5))[1].expert_load.tolist() == [0, 0, 0.5, 0.5, 0, 0]
+    assert moe.router.top_k == 2
+
+
+class InBfloat16(routers.Router):
+    def __init__(self):
+        self.kernel = nnx.Param(jax.random.normal(jax.random.key(0), (8, 6)))
+
+    def __call__(self, x):
+        logits = (x @ self.kernel[...]).astype(jnp.bfloat16)
+        return jmoe.route_top_k(logits, 2), logits
+
+
+def test_losses_are_in_float32_where_logits_are_not():
+    moe, x = make_moe(InBfloat16()), tokens(30)
+    logits = (x @ moe.router.kernel[...]).astype(jnp.bfloat16).astype(jnp.float32)
+    _, aux = moe(x)
+    np.testing.assert_allclose(aux.router_z_loss, jmoe.router_z_loss(logits), rtol=1e-6)
+    np.testing.assert_allclose(aux.mean_score, jax.nn.softmax(logits).mean(axis=0), rtol=1e-5)
 
 
 def test_options_beside_a_router_raise():
@@ -203,7 +277,28 @@ def test_options_beside_a_router_raise():
         jmoe.MoE(8, 10, 6, 2, router=ROUTES["relu"], rngs=nnx.Rngs(0))
 
 
+class OnlyARouting(routers.Router):
+    def __call__(self, x) -> Any:
+        return jmoe.route_top_k(x[:, :6], 2)
+
+
 @pytest.mark.usefixtures("without_annotation_checks")
-def test_a_module_that_is_no_router_raises():
-    with pytest.raises(ValueError, match=r"router is a Linear; a module must be a jmoe.routers.Router"):
-        make_moe(nnx.Linear(8, 6, rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize(
+    ("router", "inputs", "message"),
+    [
+        (lambda: nnx.Linear(8, 6, rngs=nnx.Rngs(0)), {}, "router is a Linear; a module must be a jmoe.routers.Router"),
+        (lambda: routers.HashRouter, {}, "router is the class HashRouter; it must be a routing function"),
+        (
+            lambda: functools.partial(routers.route_relu, k=2),  # pyright: ignore[reportCallIssue]
+            {},
+            "k is no option of the routing function; it takes",
+        ),
+        (lambda: routers.route_group_limited, {}, "k is missing: the router needs it"),
+        (OnlyARouting, {}, "the router returns a Routing; it must be a pair"),
+        (lambda: functools.partial(jmoe.route_top_k, k=2), {"k": jnp.ones(5)}, "k is given, and is an option of the"),
+        (lambda: ROUTES["uniform"], {"deterministic": True}, "deterministic is True; it must be an array"),
+    ],
+)
+def test_a_router_that_does_not_fit_is_named(router, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        make_moe(router())(tokens(5), **inputs)
