@@ -76,4 +76,6 @@ class Ring(Exchange):
     def _next(self, tree):
         num_shards = self.num_shards
         to_next = [(shard, (shard + 1) % num_shards) for shard in range(num_shards)]
-        return jax.tree.map(lambda array: lax.ppermute(array, self.axis_names, to_next), tree)
+        # Any order of the devices is a ring; JAX wants that of the mesh.
+        axis_names = sorted(self.axis_names, key=jax.sharding.get_abstract_mesh().axis_names.index)
+        return jax.tree.map(lambda array: lax.ppermute(array, tuple(axis_names), to_next), tree)
