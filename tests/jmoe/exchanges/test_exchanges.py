@@ -58,10 +58,10 @@ def arguments(routing, num_tokens, num_experts, top_k):
         "x": jnp.where((index < 0).all(axis=1)[:, None], jnp.nan, x),
         "w_up": normal(num_experts, FEATURES, 2 * HIDDEN) / 3,
         "w_down": normal(num_experts, HIDDEN, FEATURES) / 3,
-        "b_up": normal(num_experts, 2 * HIDDEN),
-        "b_down": normal(num_experts, FEATURES),
         "weight": jnp.asarray(rng.random(index.shape), jnp.float32),
     }
+    if top_k == 2:
+        arrays |= {"b_up": normal(num_experts, 2 * HIDDEN), "b_down": normal(num_experts, FEATURES)}
     return arrays, jnp.asarray(index), normal(num_tokens, FEATURES)
 
 

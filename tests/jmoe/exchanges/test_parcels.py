@@ -1,5 +1,6 @@
 """What is sent in rounds: all of it once, in order, and never more than there is room for."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,14 +14,15 @@ NUM_SHARDS, NUM_LOCAL = 3, 4
 def rounds_of(plan):
     """The parcels of all rounds, as lists of the units that go to each shard."""
     sent, rounds = plan.nothing_sent(), []
+    pack_next = jax.jit(lambda sent: pack(plan, sent))
     while plan.remains(sent):
-        parcel, sent = pack(plan, sent)
+        parcel, sent = pack_next(sent)
         chunks = np.asarray(parcel.unit).reshape(NUM_SHARDS, plan.chunk)
         rounds.append([chunk[chunk < plan.wants.shape[1]].tolist() for chunk in chunks])
         assert rounds[-1] != [[]] * NUM_SHARDS
         for shard, units in enumerate(rounds[-1]):
             expected = shard * plan.chunk + np.arange(len(units))
-            np.testing.assert_array_equal(parcel.row[np.asarray(units, int), shard], expected)
+            np.testing.assert_array_equal(np.asarray(parcel.row)[np.asarray(units, int), shard], expected)
     return rounds
 
 
