@@ -21,9 +21,9 @@ def test_each_round_gives_every_variant_one_turn_that_is_long_enough():
     assert {name: len(timings) for name, timings in seconds.items()} == {"slow": 3, "fast": 3}
     assert all(timing >= 0.02 for timing in seconds["slow"])
     assert all(timing >= 0.004 for timing in seconds["fast"])
-    # In the first turn three calls for the estimate; in each an untimed call and as many as fill 15 ms.
-    assert log.count("slow") == 3 + 3 * 2
-    assert 3 + 3 * 2 < log.count("fast") <= 3 + 3 * 5
+    # In the first turn six calls for the estimate; in each an untimed call and as many as fill 15 ms.
+    assert log.count("slow") == 6 + 3 * 2
+    assert 6 + 3 * 2 < log.count("fast") <= 6 + 3 * 5
 
 
 def test_a_variant_that_fails_is_left_out_and_the_others_go_on():
