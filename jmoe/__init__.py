@@ -1,6 +1,6 @@
 """Dropless Mixture-of-Experts for JAX: routing, dispatch, expert MLPs and the layer around them."""
 
-from jmoe import linen, routers
+from jmoe import exchanges, linen, routers
 from jmoe.activations import Activation, Gated
 from jmoe.capacity import limit_to_capacity
 from jmoe.debug import debug_checks
@@ -32,6 +32,7 @@ __all__ = [
     "ParallelLinear",
     "Routing",
     "debug_checks",
+    "exchanges",
     "expert_load",
     "limit_to_capacity",
     "linen",

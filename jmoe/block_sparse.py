@@ -99,17 +99,17 @@ def block_sparse_mlp(options: Options, x: Array, parameters, weight: Array, disp
     Returns:
         [T, D] in x's dtype.
     """
-    y, _ = _outputs(options, x, parameters, weight, dispatch)
+    y, _ = outputs(options, x, parameters, weight, dispatch)
     return y
 
 
 def _forward(options, x, parameters, weight, dispatch):
-    y, h = _outputs(options, x, parameters, weight, dispatch)
+    y, h = outputs(options, x, parameters, weight, dispatch)
     return y, (x, parameters, weight, dispatch, None if options.remat else h)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # as in `moe_mlp`
-def _outputs(options, x, parameters, weight, dispatch):
+def outputs(options, x, parameters, weight, dispatch):
     """Computes y [T, D] and the blocks of the pre-activations."""
     layout = _make_layout(options, dispatch, x.shape[0])
     flat = _flatten(parameters)
@@ -125,7 +125,8 @@ def _outputs(options, x, parameters, weight, dispatch):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(options, residuals, dy):
+def gradients(options, residuals, dy):
+    """Computes the gradients of x, the parameters and the weights; the pre-activations too where they were not kept."""
     x, parameters, weight, dispatch, h = residuals
     # Without the barrier XLA would compute once what forward and backward share, and keep it in between.
     # Parameters that are used as they came have no copy to keep, and where layers are scanned a barrier would make one.
@@ -163,9 +164,13 @@ def _backward(options, residuals, dy):
         dh = dh.with_values((accumulator(dh.values) * _of_blocks(scale, dh, axis=0)).astype(dh.dtype))
     dw_up = dds(x_rows, dh, transpose_lhs=True, preferred_element_type=flat.w_up.dtype, implementation=implementation)
 
-    gradients = flat._replace(w_up=dw_up, w_down=dw_down, b_up=db_up, b_down=db_down)
+    of_flat = flat._replace(w_up=dw_up, w_down=dw_down, b_up=db_up, b_down=db_down)
     dweight = layout.rows.from_rows(dweight).astype(weight.dtype)
-    return dx, _unflatten(gradients, parameters), dweight, None
+    return dx, _unflatten(of_flat, parameters), dweight
+
+
+def _backward(options, residuals, dy):
+    return *gradients(options, residuals, dy), None
 
 
 block_sparse_mlp.defvjp(_forward, _backward)
@@ -192,7 +197,7 @@ def _make_layout(options: Options, dispatch: Dispatch, num_tokens: int) -> _Layo
         token_index=dispatch.token_index.at[of_row].get(mode="fill", fill_value=num_tokens),
         slot=dispatch.slot.at[of_row].get(mode="fill", fill_value=0),
         expert_index=expert,
-        position=new_position[dispatch.position].astype(jnp.int32),
+        position=new_position.at[dispatch.position].get(mode="fill", fill_value=hidden.shape[0]).astype(jnp.int32),
         group_sizes=padded_end - padded_start,
     )
     return _Layout(rows, is_row, up, hidden)

@@ -1,9 +1,9 @@
-"""The MLPs of an MoE layer on one shard of a mesh: tokens gathered, experts and widths split, parts added."""
+"""The MLPs of an MoE layer on one shard of a mesh: tokens exchanged, experts and widths split, parts added."""
 
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,16 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jmoe.activations import Activation, activate, is_gated
+from jmoe.arguments import check_mlp
 from jmoe.block_sparse import check_hidden_sizes
-from jmoe.mlp import ExpertParameters, MLPImplementation, WeightOn, moe_mlp
-from jmoe.routing import Assignments, Routing
+from jmoe.debug import refuse_mesh
+from jmoe.dispatch import check_routing
+from jmoe.exchanges import ExchangeName, make_exchange
+from jmoe.grouped_mlp import ExpertParameters
+from jmoe.local_mlp import MLPImplementation, WeightOn, local_mlp, mlp_options
+from jmoe.routing import Assignments, Routing, in_range, is_present
 from jmoe.rows import accumulator_dtype
-from jmoe.sharding import as_axes, mesh_axes
+from jmoe.sharding import as_axes, mesh_axes, reshard, shardable_axes, token_spec
 
 
 class SharedParameters(NamedTuple):
@@ -99,12 +104,13 @@ def sharded_mlps(
     remat: bool,
     hidden_sizes: tuple[int, ...] | None,
     implementation: MLPImplementation | None,
+    exchange: ExchangeName,
 ) -> Float[Array, "T D"]:
     """Computes `moe_mlp` of this shard's tokens, plus the shared expert if there is one.
 
-    Every shard gathers the tokens of the axes that experts and hidden widths are split over, computes the
-    part of its own experts and widths for all of them (an assignment to an expert elsewhere is absent here),
-    and the parts are summed into each shard's own tokens.
+    Tokens are exchanged with the shards that have other experts. Along the axes that hidden widths are split over,
+    every shard gathers the tokens, computes the part of its own widths, and the parts are summed into each shard's
+    own tokens.
 
     Args:
         x: [T, D], this shard's tokens.
@@ -118,6 +124,7 @@ def sharded_mlps(
         remat: as in `moe_mlp`, and the same for the shared expert.
         hidden_sizes: as in `moe_mlp`; only for experts and widths that are not split.
         implementation: as in `moe_mlp`.
+        exchange: as in `moe_mlp`.
 
     Returns:
         [T, D], this shard's tokens.
@@ -126,34 +133,121 @@ def sharded_mlps(
         ValueError: a shard's part of the hidden widths cannot be cut into the blocks of "block_sparse".
     """
     if implementation == "block_sparse":
-        shards = math.prod(lax.axis_size(axis) for axis in axes.hidden)
-        check_hidden_sizes("hidden_features", hidden_sizes or (experts.w_down.shape[-2],), shards)
+        check_hidden_sizes("hidden_features", hidden_sizes or (experts.w_down.shape[-2],), _num_shards(axes.hidden))
     split_hidden = functools.partial(_hidden_slice, gated=is_gated(activation), axes=axes.hidden)
-
-    x, routing = _gather_routed(x, routing, axes.hidden, axes)
-    all_x, all_routing = _gather_routed(x, routing, axes.experts, axes)
-    all_y = moe_mlp(
-        all_x,
-        routing=_local_experts(all_routing, len(hidden_sizes or experts.w_up), axes.experts),
-        **(experts if hidden_sizes else split_hidden(experts))._asdict(),
-        activation=activation,
-        weight_on=weight_on,
-        remat=remat,
-        hidden_sizes=hidden_sizes,
-        implementation=implementation,
-    )
-    y = _reduce_tokens(all_y, axes.experts, axes)
+    x, routing = _gather_routed(x, routing, axes)
+    options: dict[str, Any] = {
+        "activation": activation,
+        "weight_on": weight_on,
+        "remat": remat,
+        "implementation": implementation,
+    }
+    if hidden_sizes or _num_shards(axes.experts) == 1:
+        experts = experts if hidden_sizes else split_hidden(experts)
+        y = local_mlp(x, routing, experts, hidden_sizes=hidden_sizes, **options)
+    else:
+        y = _exchanged_mlp(x, routing, split_hidden(experts), axes, exchange, **options)
     if shared is not None:
         of_shared = _dense_mlp(x, split_hidden(shared.mlp), shared.gate, activation, remat=remat)
         y = y + of_shared if shared_weight is None else (1 - shared_weight) * y + shared_weight * of_shared
-    return _reduce_tokens(y, axes.hidden, axes)
+    return _reduce_tokens(y, axes)
+
+
+def _exchanged_mlp(
+    x: Float[Array, "T D"],
+    routing: Routing | Assignments,
+    experts: ExpertParameters,
+    axes: ShardAxes,
+    exchange: ExchangeName,
+    *,
+    activation: Activation,
+    weight_on: WeightOn,
+    remat: bool,
+    implementation: MLPImplementation | None,
+) -> Float[Array, "T D"]:
+    """Exchanges tokens along the expert axes that they are sharded over; along others every shard has them already."""
+    check_mlp(x, experts, routing, activation, weight_on)
+    num_local, hidden, _ = experts.w_down.shape
+    num_experts = num_local * _num_shards(axes.experts)
+    if not x.size or not routing.expert_index.size:
+        return jnp.zeros_like(x)
+    over = tuple(axis for axis in axes.experts if axis in axes.tokens)
+    apply = make_exchange(
+        exchange,
+        over,
+        mlp_options((hidden,) * num_local, activation, weight_on, remat, implementation),
+        num_experts,
+        num_shards=_num_shards(over),
+        top_k=math.ceil(routing.expert_index.size / x.shape[0]),
+        shard_bytes=x.nbytes,
+    )
+    if isinstance(routing, Assignments):
+        routing = in_range(routing, x.shape[0], num_experts)
+    y = apply(x, _within_reach(routing, num_local, axes.experts, over), experts)
+    return lax.psum(y, tuple(axis for axis in axes.experts if axis not in over))
+
+
+def _within_reach[R: Routing | Assignments](routing: R, num_local: int, experts: tuple[str, ...], over: tuple) -> R:
+    """Makes assignments absent whose experts no exchange over these axes leads to, and numbers the others from 0."""
+    present = is_present(routing.expert_index, num_local * _num_shards(experts))
+    shard, local_index = jnp.divmod(routing.expert_index.astype(jnp.int32), num_local)
+    coordinates = {}
+    for axis in reversed(experts):
+        shard, coordinates[axis] = jnp.divmod(shard, lax.axis_size(axis))
+    expert_index = jnp.zeros_like(local_index)
+    for axis in experts:
+        if axis in over:
+            expert_index = expert_index * lax.axis_size(axis) + coordinates[axis]
+        else:
+            present &= coordinates[axis] == lax.axis_index(axis)
+    return dataclasses.replace(routing, expert_index=expert_index * num_local + local_index).where(present)
+
+
+def mlp_on_mesh(
+    x: Float[Array, "T D"], routing: Routing | Assignments, parameters: ExpertParameters, **options: Any
+) -> Float[Array, "T D"]:
+    """Computes `moe_mlp` of the tokens and experts of all devices of the current mesh.
+
+    Args:
+        x: [T, D].
+        routing: the experts of each token. A list of assignments is read by every device.
+        parameters: of the E experts.
+        **options: as in `sharded_mlps`.
+
+    Returns:
+        [T, D], sharded as x; on Auto axes, as the rule for "batch" says.
+
+    Raises:
+        ValueError: as in `moe_mlp`, and where an axis does not divide what it shards.
+    """
+    refuse_mesh()
+    if options["hidden_sizes"] is None:
+        check_mlp(x, parameters, routing, options["activation"], options["weight_on"])
+    check_routing(routing)
+    tokens = token_spec(x)
+    widths = options["hidden_sizes"] or parameters.w_down.shape[1]
+    axes = shard_axes(tokens, len(options["hidden_sizes"] or parameters.w_down), widths, 0)
+    of_tokens = PartitionSpec(tokens[0])
+
+    def apply(x, routing, parameters):
+        if isinstance(routing, Assignments) and axes.tokens:
+            token_index = routing.token_index - lax.axis_index(axes.tokens) * x.shape[0]
+            routing = dataclasses.replace(routing, token_index=token_index)
+            routing = routing.where((token_index >= 0) & (token_index < x.shape[0]))
+        return sharded_mlps(x, routing, parameters, None, axes, shared_weight=None, **options)
+
+    of_routing = PartitionSpec() if isinstance(routing, Assignments) else of_tokens
+    in_specs = tokens, of_routing, PartitionSpec(axes.experts)
+    axis_names = shardable_axes(jax.sharding.get_abstract_mesh())
+    apply = jax.shard_map(apply, in_specs=in_specs, out_specs=tokens, axis_names=axis_names, check_vma=False)
+    return apply(*jax.tree.map(reshard, in_specs, (x, routing, parameters)))
 
 
 def _gather_routed[R: Routing | Assignments](
-    x: Float[Array, "T D"], routing: R, over: tuple[str, ...], axes: ShardAxes
+    x: Float[Array, "T D"], routing: R, axes: ShardAxes
 ) -> tuple[Float[Array, "all_T D"], R]:
-    """Collects the tokens that are sharded over these axes; without that, every shard has them already."""
-    over = tuple(axis for axis in over if axis in axes.tokens)
+    """Collects the tokens of the axes that hidden widths are split over; unless every shard has them already."""
+    over = tuple(axis for axis in axes.hidden if axis in axes.tokens)
     if not over:
         return x, routing
     if isinstance(routing, Assignments):
@@ -163,20 +257,16 @@ def _gather_routed[R: Routing | Assignments](
     return jax.tree.map(lambda array: lax.all_gather(array, over, axis=0, tiled=True), (x, routing))
 
 
-def _reduce_tokens(y: Float[Array, "all_T D"], over: tuple[str, ...], axes: ShardAxes) -> Float[Array, "T D"]:
-    """Sums the shards' parts; the inverse of `_gather_routed` in which tokens remain."""
-    scattered = tuple(axis for axis in over if axis in axes.tokens)
+def _reduce_tokens(y: Float[Array, "all_T D"], axes: ShardAxes) -> Float[Array, "T D"]:
+    """Sums the parts of the hidden widths; the inverse of `_gather_routed` in which tokens remain."""
+    scattered = tuple(axis for axis in axes.hidden if axis in axes.tokens)
     if scattered:
         y = lax.psum_scatter(y, scattered, scatter_dimension=0, tiled=True)
-    return lax.psum(y, tuple(axis for axis in over if axis not in axes.tokens))
+    return lax.psum(y, tuple(axis for axis in axes.hidden if axis not in axes.tokens))
 
 
-def _local_experts[R: Routing | Assignments](routing: R, num_local: int, over: tuple[str, ...]) -> R:
-    if not over:
-        return routing
-    local_index = routing.expert_index - lax.axis_index(over) * num_local
-    local = (local_index >= 0) & (local_index < num_local)
-    return dataclasses.replace(routing, expert_index=local_index).where(local)
+def _num_shards(axes: tuple[str, ...]) -> int:
+    return math.prod(lax.axis_size(axis) for axis in axes)
 
 
 def _hidden_slice(parameters: ExpertParameters, *, gated: bool, axes: tuple[str, ...]) -> ExpertParameters:
@@ -184,7 +274,7 @@ def _hidden_slice(parameters: ExpertParameters, *, gated: bool, axes: tuple[str,
     if not axes:
         return parameters
     w_up, w_down, b_up, b_down = parameters
-    shard, num_shards = lax.axis_index(axes), math.prod(lax.axis_size(axis) for axis in axes)
+    shard, num_shards = lax.axis_index(axes), _num_shards(axes)
     width = w_down.shape[-2] // num_shards
 
     def up_columns(array):

@@ -18,8 +18,9 @@ from jmoe.activations import Activation
 from jmoe.arguments import check_choice, check_layer_input
 from jmoe.capacity import expert_capacity, limited_by_factor
 from jmoe.debug import refuse_mesh
+from jmoe.exchanges import ExchangeName, check_exchange
 from jmoe.expert_parallel import ShardAxes, shard_axes, sharded_mlps
-from jmoe.mlp import MLPImplementation, WeightOn
+from jmoe.local_mlp import MLPImplementation, WeightOn
 from jmoe.moe_aux import MoEAux, moe_aux
 from jmoe.parameters import (
     checked_widths,
@@ -52,8 +53,8 @@ class MoE(nnx.Module):
     those of the shared expert, without E, and `bias` [D] is that of the output. They carry the logical axis names
     of `jmoe.LOGICAL_AXIS_RULES`, and need no mesh.
 
-    On a mesh (`jax.set_mesh`) the experts are computed where they are stored: tokens are all-gathered over
-    the expert axis and the outputs reduced back. Axes of the mesh may be Auto or Explicit. Inside a
+    On a mesh (`jax.set_mesh`) the experts are computed where they are stored: tokens are exchanged along the expert
+    axis, and their outputs brought back. Axes of the mesh may be Auto or Explicit. Inside a
     `jax.shard_map` of the caller, its manual axes are the caller's: the layer sees the tokens of one shard.
 
     Args:
@@ -98,6 +99,7 @@ class MoE(nnx.Module):
             fans are counted per expert.
         bias_init: initializer of the biases.
         implementation: as in `jmoe.moe_mlp`.
+        exchange: as in `jmoe.moe_mlp`; it means nothing without an expert axis.
         rngs: random keys for the parameters (stream "params").
 
     Raises:
@@ -143,6 +145,7 @@ class MoE(nnx.Module):
         kernel_init: Initializer = _KERNEL_INIT,
         bias_init: Initializer = _BIAS_INIT,
         implementation: MLPImplementation | None = None,
+        exchange: ExchangeName = "auto",
         rngs: nnx.Rngs,
     ):
         sizes = {"features": features, "num_experts": num_experts}
@@ -167,6 +170,7 @@ class MoE(nnx.Module):
             raise ValueError(
                 f"shared_combine is {shared_combine!r} without a shared expert; set shared_hidden_features."
             )
+        check_exchange(exchange)
         if capacity_factor:
             expert_capacity(capacity_factor, 1, num_experts)  # raises if it is none
         self.features = features
@@ -192,6 +196,7 @@ class MoE(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.implementation: MLPImplementation | None = implementation
+        self.exchange: ExchangeName = exchange
 
         initialization = {"param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
         self.router: Any = create_router(  # a `Router`, whose variables are read by their names
@@ -329,6 +334,7 @@ class MoE(nnx.Module):
             remat=self.remat,
             hidden_sizes=self.hidden_features if isinstance(self.hidden_features, tuple) else None,
             implementation=self.implementation,
+            exchange=self.exchange,
         )  # [T, D]
         if identity_weight is not None:
             if shared_weight is not None:

@@ -12,7 +12,7 @@ from flax.typing import Initializer
 from jmoe.activations import Activation, is_gated
 from jmoe.block_sparse import check_hidden_sizes
 from jmoe.expert_parallel import SharedParameters
-from jmoe.mlp import ExpertParameters
+from jmoe.grouped_mlp import ExpertParameters
 from jmoe.sharding import partitioned
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, NamedTuple, get_args, no_type_check
 
 from jmoe.activations import GatedActivation, PlainActivation, is_gated
+from jmoe.exchanges import ExchangeName
 from jmoe.routing import Score, ScoreOrder
 from pallas_kernels import Implementation
 
@@ -82,6 +83,8 @@ class TransformerConfig:
             can run.
         moe_implementation: `implementation` of every MoE layer: "mosaic_gpu", "xla", "reference", or "auto"
             for the best that can run.
+        moe_exchange: How tokens get to the experts of other devices on a mesh with an expert axis: "gather", "ring",
+            "all_to_all", or "auto" for what the sizes suggest.
         loss_chunk_size: Tokens whose logits over the vocabulary exist at one time in the loss.
 
     Example:
@@ -126,6 +129,7 @@ class TransformerConfig:
     scan_layers: bool = True
     attention_implementation: AttentionImplementation = "auto"
     moe_implementation: MoEImplementation = "auto"
+    moe_exchange: ExchangeName = "auto"
     loss_chunk_size: int = 2048
 
     def __post_init__(self):
@@ -246,6 +250,7 @@ _CHOICES = {
     "remat": get_args(Remat),
     "attention_implementation": get_args(AttentionImplementation),
     "moe_implementation": ("auto", *get_args(Implementation)),
+    "moe_exchange": get_args(ExchangeName),
 }
 _FROM_ZERO = (
     "num_experts",

@@ -278,6 +278,7 @@ def _moe(config: TransformerConfig, *, rngs: nnx.Rngs) -> MoE:
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         implementation=None if config.moe_implementation == "auto" else config.moe_implementation,
+        exchange=config.moe_exchange,
         rngs=rngs,
     )
 

@@ -10,11 +10,12 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jmoe
+from jmoe.exchanges import ExchangeName
 
 FEATURES, HIDDEN, EXPERTS, TOP_K = 12, 16, 8, 2
 
 
-def create():
+def create(exchange: ExchangeName = "auto"):
     return jmoe.MoE(
         FEATURES,
         HIDDEN,
@@ -25,6 +26,7 @@ def create():
         shared_hidden_features=8,
         shared_combine="sigmoid_gate",
         use_output_bias=True,
+        exchange=exchange,
         rngs=nnx.Rngs(0),
     )
 
@@ -46,31 +48,63 @@ def outputs_and_gradients(moe, x, mask):
 
 
 @functools.cache
-def on_one_device():
-    return jax.tree.map(np.asarray, outputs_and_gradients(create(), *inputs()))
+def on_one_device(batch=8):
+    return jax.tree.map(np.asarray, outputs_and_gradients(create(), *inputs(batch)))
 
 
 def make_mesh(shape, axis_type):
     return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(axis_type,) * len(shape))
 
 
+def check_against_one_device(shape, axis_type, exchange, relative_error, batch=8):
+    with jax.set_mesh(make_mesh(shape, axis_type)):
+        moe = create(exchange)
+        assert moe.w_up[...].sharding.spec[0] == "expert"
+        actual = outputs_and_gradients(moe, *inputs(batch))
+    expected = jax.tree.leaves_with_path(on_one_device(batch))
+    for (path, wanted), got in zip(expected, jax.tree.leaves(actual), strict=True):
+        assert relative_error(got, wanted) < 1e-5, jax.tree_util.keystr(path)
+
+
 @pytest.mark.parametrize(
-    ("shape", "axis_type"),
+    ("shape", "axis_type", "exchange"),
     [
-        ({"data": 2, "expert": 4}, AxisType.Auto),
-        ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, AxisType.Auto),
-        ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, AxisType.Explicit),
+        ({"data": 2, "expert": 4}, AxisType.Auto, "all_to_all"),
+        ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, AxisType.Auto, "ring"),
+        ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, AxisType.Explicit, "gather"),
     ],
     ids=["data-expert-auto", "all-auto", "all-explicit"],
 )
-def test_outputs_statistics_and_gradients_equal_those_of_one_device(shape, axis_type, relative_error):
-    with jax.set_mesh(make_mesh(shape, axis_type)):
-        moe = create()
-        assert moe.w_up[...].sharding.spec[0] == "expert"
-        actual = outputs_and_gradients(moe, *inputs())
-    expected = jax.tree.leaves_with_path(on_one_device())
-    for (path, wanted), got in zip(expected, jax.tree.leaves(actual), strict=True):
-        assert relative_error(got, wanted) < 1e-5, jax.tree_util.keystr(path)
+def test_outputs_statistics_and_gradients_equal_those_of_one_device(shape, axis_type, exchange, relative_error):
+    check_against_one_device(shape, axis_type, exchange, relative_error)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("exchange", ["gather", "ring", "all_to_all"])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"expert": 8},
+        {"data": 2, "expert": 4},
+        {"fsdp": 2, "expert": 4},
+        {"expert": 4, "tensor": 2},
+        {"data": 2, "fsdp": 2, "expert": 2},
+        {"expert": 2, "data": 2, "tensor": 2},
+    ],
+    ids="-".join,
+)
+def test_every_exchange_combines_with_every_way_to_shard(shape, axis_type, exchange, relative_error):
+    check_against_one_device(shape, axis_type, exchange, relative_error)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("exchange", ["gather", "ring", "all_to_all"])
+@pytest.mark.parametrize("batch", [2, 3, 6])
+def test_a_last_batch_of_any_size_gives_what_one_device_gives(batch, exchange, relative_error):
+    """On the data axis alone, on no axis at all, and on both the data and the expert axis."""
+    shape = {"data": 2, "expert": 2, "tensor": 2} if batch == 6 else {"data": 2, "expert": 4}
+    check_against_one_device(shape, AxisType.Auto, exchange, relative_error, batch=batch)
 
 
 def test_tokens_that_are_sharded_over_every_axis_stay_so_on_an_explicit_mesh(relative_error):
