@@ -1,12 +1,11 @@
 """Which device each expert is on, and which assignments it gets there."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from numpy.typing import ArrayLike
 
 from jmoe.routing import ABSENT, Assignments, Routing, checked_present
 
@@ -104,7 +103,7 @@ class ExpertPlacement:
         """The E experts in the order of the devices and of the parameters there."""
         return sum(self.stored, ())
 
-    def device_load(self, expert_load: Sequence[float] | np.ndarray | Array) -> np.ndarray:
+    def device_load(self, expert_load: ArrayLike) -> np.ndarray:
         """Computes each device's share of the assignments, float64[n], where the experts' loads are as given.
 
         Args:
@@ -112,7 +111,7 @@ class ExpertPlacement:
         """
         return self.shares() @ load_shares(expert_load)
 
-    def balance(self, expert_load: Sequence[float] | np.ndarray | Array) -> float:
+    def balance(self, expert_load: ArrayLike) -> float:
         """Computes the mean load of the devices over the largest, from 1/n to 1.
 
         All devices wait for the fullest, so experts are computed no faster than at this share of the speed that even
@@ -213,7 +212,7 @@ def _numbers_and_ends(placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarra
     return numbers, ends
 
 
-def load_shares(expert_load: Sequence[float] | np.ndarray | Array) -> np.ndarray:
+def load_shares(expert_load: ArrayLike) -> np.ndarray:
     """Returns loads that sum to 1; equal ones where there is no load at all."""
     load = np.asarray(expert_load, np.float64)
     if load.ndim != 1 or not load.size or not (np.isfinite(load) & (load >= 0)).all():

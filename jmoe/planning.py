@@ -1,18 +1,14 @@
 """Plans of which device each expert is on, from measured load."""
 
-from collections.abc import Sequence
-
 import numpy as np
-from jaxtyping import Array
+from numpy.typing import ArrayLike
 
 from jmoe.placement import ExpertPlacement, Replica, load_shares
 
 _TOLERANCE = 0.01  # of the mean load of a device; less is not worth a replica
 
 
-def plan_placement(
-    expert_load: Sequence[float] | np.ndarray | Array, num_devices: int, *, replicas: int = 0
-) -> ExpertPlacement:
+def plan_placement(expert_load: ArrayLike, num_devices: int, *, replicas: int = 0) -> ExpertPlacement:
     """Plans which device has which experts, so that the fullest device has little more than the others.
 
     Each device stores E/n experts. From the one with most load to that with least, experts go to the emptiest device

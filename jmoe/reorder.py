@@ -59,7 +59,7 @@ def reorder_experts[T](tree: T, placement: ExpertPlacement | None, *, previous: 
                 )
         index = np.arange(array.shape[axis]) if previous is None else np.argsort(previous.order)
         index = index if placement is None else index[list(placement.order)]
-        reordered = _taken(array, axis, tuple(index.tolist()))
+        reordered = _take(axis, tuple(index.tolist()), getattr(array, "sharding", None))(array)
         return leaf.replace(reordered) if isinstance(leaf, nnx.Variable) else leaf.replace_boxed(reordered)
 
     def is_named(leaf: Any) -> bool:
@@ -74,13 +74,8 @@ def reorder_experts[T](tree: T, placement: ExpertPlacement | None, *, previous: 
     return tree
 
 
-def _taken(array, axis, index):
-    """Takes entries along an axis, sharded as the array is."""
-    sharding = array.sharding if isinstance(array, jax.Array) else None
-
-    @functools.partial(jax.jit, out_shardings=sharding)
-    def take(array):
-        place = (slice(None),) * axis + (np.asarray(index),)
-        return array.at[place].get(out_sharding=jax.typeof(array).sharding)
-
-    return take(array)
+@functools.cache
+def _take(axis, index, sharding):
+    """Makes a function that takes entries along an axis of arrays that are sharded like this."""
+    place = (slice(None),) * axis + (np.array(index),)
+    return jax.jit(lambda array: array.at[place].get(out_sharding=jax.typeof(array).sharding), out_shardings=sharding)
