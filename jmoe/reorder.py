@@ -59,7 +59,7 @@ def reorder_experts[T](tree: T, placement: ExpertPlacement | None, *, previous: 
                 )
         index = np.arange(array.shape[axis]) if previous is None else np.argsort(previous.order)
         index = index if placement is None else index[list(placement.order)]
-        reordered = _take(axis, tuple(index.tolist()), getattr(array, "sharding", None))(array)
+        reordered = _take(axis, tuple(index.tolist()), _sharding(array))(array)
         return leaf.replace(reordered) if isinstance(leaf, nnx.Variable) else leaf.replace_boxed(reordered)
 
     def is_named(leaf: Any) -> bool:
@@ -72,6 +72,12 @@ def reorder_experts[T](tree: T, placement: ExpertPlacement | None, *, previous: 
             "nnx.Optimizer, or Linen variables that are boxed."
         )
     return tree
+
+
+def _sharding(array):
+    """How an array is sharded; None on one device, which it is then not bound to if it was not before."""
+    sharding = getattr(array, "sharding", None)
+    return sharding if sharding is not None and len(sharding.device_set) > 1 else None
 
 
 @functools.cache
