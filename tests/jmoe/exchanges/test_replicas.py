@@ -60,7 +60,7 @@ def test_replicas_are_copies_and_their_gradients_sums(axis_names):
 
     numbers = np.arange(1.0, NUM_DEVICES + 1, dtype=np.float32)
     gradients = np.random.default_rng(0).random((NUM_DEVICES, 3)).astype(np.float32)
-    arguments = [ExpertParameters(a.reshape(-1, 1, 1), a.reshape(-1, 1, 1)) for a in (numbers, gradients)]
+    arguments = [ExpertParameters(a, a) for a in (jnp.reshape(a, (-1, 1, 1)) for a in (numbers, gradients))]
     with jax.set_mesh(mesh):
         copies, sums = copy_and_sum(*jax.device_put(arguments, jax.NamedSharding(mesh, sharded)))
     expected, expected_sums = np.zeros((NUM_DEVICES, 3)), gradients[:, 0].copy()
