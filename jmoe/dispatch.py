@@ -131,7 +131,7 @@ def _sort(keys: Integer[Array, "T K"]) -> _Sorted:
     """Sorts stably. Returns the keys in order, the row and the column of each in `keys`, and the place of each key."""
     index = jnp.arange(keys.size, dtype=jnp.int32)
     sorted_keys, order = lax.sort((keys.ravel(), index), num_keys=1, is_stable=True)
-    place = jnp.zeros_like(order).at[order].set(
+    place = lax.empty(order.shape, order.dtype).at[order].set(
         index, mode="promise_in_bounds", unique_indices=True, wrap_negative_indices=False
     )
     row, column = _row_and_column(order, keys.shape[1])
@@ -153,8 +153,9 @@ def _sort_by_comparing(keys: Integer[Array, "T K"]) -> _Sorted:
 
 
 def _row_and_column(index: Int32[Array, " R"], columns: int) -> tuple[Int32[Array, " R"], Int32[Array, " R"]]:
-    """Divides without caring for numbers below 0, as `jnp.divmod` does in a dozen operations."""
-    return lax.div(index, jnp.int32(columns)), lax.rem(index, jnp.int32(columns))
+    """As `jnp.divmod`, for numbers from 0: with a sign there are a dozen more operations."""
+    index = index.astype(jnp.uint32)
+    return lax.div(index, jnp.uint32(columns)).astype(jnp.int32), lax.rem(index, jnp.uint32(columns)).astype(jnp.int32)
 
 
 def check_routing(routing: Routing | Assignments) -> None:

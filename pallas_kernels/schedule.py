@@ -69,16 +69,18 @@ def group_bounds(
     # A bound that the sizes' own dtype cannot hold would wrap around in it.
     largest = min(num_rows, jnp.iinfo(group_sizes.dtype).max)
     sizes = jnp.clip(group_sizes, 0, largest).astype(jnp.int32)
-    # With the rows past the last group, asked for or not, so that the matmuls of a layer share this.
-    group = jnp.arange(sizes.size + 1, dtype=jnp.int32)
-    is_before = group[: sizes.size] < group[:, None]
-    start = jnp.minimum(_masked_sum(is_before, sizes), num_rows)
-    if sizes.size * largest > jnp.iinfo(jnp.int32).max:
-        # Integers wrap around where the sizes sum to 2^31 or more, which a float32 sum is sure to notice.
-        start = jnp.where(_masked_sum(is_before, sizes.astype(jnp.float32)) > 2.0**30, num_rows, start)
-    end = jnp.append(jnp.minimum(start[:-1] + sizes, num_rows), jnp.int32(num_rows))
-    num_bounds = sizes.size + cover_remainder
-    return start[:num_bounds], end[:num_bounds]
+    if cover_remainder:
+        sizes = jnp.pad(sizes, (0, 1), constant_values=num_rows)
+    group = jnp.arange(sizes.size, dtype=jnp.int32)
+
+    def clipped_sum(counts: Bool[Array, "groups groups"]) -> Int32[Array, " groups"]:
+        total = jnp.minimum(_masked_sum(counts, sizes), num_rows)
+        if sizes.size * num_rows > jnp.iinfo(jnp.int32).max:
+            # Integers wrap around where the sizes sum to 2^31 or more, which a float32 sum is sure to notice.
+            total = jnp.where(_masked_sum(counts, sizes.astype(jnp.float32)) > 2.0**30, num_rows, total)
+        return total
+
+    return clipped_sum(group < group[:, None]), clipped_sum(group <= group[:, None])
 
 
 def _masked_sum(counts: Bool[Array, "rows G"], x: Shaped[Array, " G"]) -> Shaped[Array, " rows"]:
