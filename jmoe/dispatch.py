@@ -131,8 +131,10 @@ def _sort(keys: Integer[Array, "T K"]) -> _Sorted:
     """Sorts stably. Returns the keys in order, the row and the column of each in `keys`, and the place of each key."""
     index = jnp.arange(keys.size, dtype=jnp.int32)
     sorted_keys, order = lax.sort((keys.ravel(), index), num_keys=1, is_stable=True)
-    place = lax.empty(order.shape, order.dtype).at[order].set(
-        index, mode="promise_in_bounds", unique_indices=True, wrap_negative_indices=False
+    place = (
+        lax.empty(order.shape, order.dtype)
+        .at[order]
+        .set(index, mode="promise_in_bounds", unique_indices=True, wrap_negative_indices=False)
     )
     row, column = _row_and_column(order, keys.shape[1])
     return sorted_keys.astype(jnp.int32), row, column, place.reshape(keys.shape)
