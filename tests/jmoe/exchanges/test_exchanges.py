@@ -44,6 +44,7 @@ PLACEMENT = jmoe.ExpertPlacement(
     stored=((7, 0), (5, 2), (1, 3), (6, 4)),
     replicas=((Replica(3, 0.25),), (Replica(7, 0.5), Replica(0, 0.2)), (Replica(0, 0.2), Replica(6, 1.0)), ()),
 )
+OF_FOUR = jmoe.ExpertPlacement(((3, 0), (2, 1)), ((Replica(1, 0.3),), (Replica(3, 0.6),)))
 
 
 def expert_indices(routing, num_tokens, num_experts, top_k):
@@ -127,8 +128,7 @@ def test_outputs_and_gradients_equal_those_of_one_device(
 )
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_tokens_that_the_devices_do_not_divide_are_on_all_of_them(exchange, routing, relative_error):
-    placement = jmoe.ExpertPlacement(((3, 0), (2, 1)), ((Replica(1, 0.3),), (Replica(3, 0.6),)))
-    check(exchange, expert_mesh(2), routing, 2 * TOKENS + 1, 4, 2, relative_error, placement)
+    check(exchange, expert_mesh(2), routing, 2 * TOKENS + 1, 4, 2, relative_error, OF_FOUR)
 
 
 @pytest.mark.exhaustive
@@ -161,7 +161,8 @@ def test_tokens_are_exchanged_along_those_expert_axes_that_they_are_on(
 @pytest.mark.parametrize(
     "exchange", ["all_to_all", *(pytest.param(e, marks=pytest.mark.exhaustive) for e in ("gather", "ring"))]
 )
-def test_a_list_of_assignments_is_exchanged_too_from_explicit_axes(exchange, relative_error):
+@pytest.mark.parametrize("placement", [None, pytest.param(OF_FOUR, marks=EXHAUSTIVE)], ids=["in-order", "placed"])
+def test_a_list_of_assignments_is_exchanged_too_from_explicit_axes(exchange, placement, relative_error):
     """With a data axis beside; the pairs of devices then have rounds of their own number."""
     rng = np.random.default_rng(0)
     num_tokens, num_experts, size = 32, 4, 96
@@ -169,12 +170,15 @@ def test_a_list_of_assignments_is_exchanged_too_from_explicit_axes(exchange, rel
     expert = jnp.asarray(np.where(token < num_tokens // 2, 3, rng.integers(-1, num_experts, size)))
     arrays, _, dy = arguments("uniform", num_tokens, num_experts, 2)
 
-    @jax.jit
-    def run(arrays, weight):
+    @functools.partial(jax.jit, static_argnames="placement")
+    def run(arrays, weight, placement=None):
         def apply(arrays, weight):
             parameters = {name: array for name, array in arrays.items() if name != "weight"}
-            routing = jmoe.Assignments(token, expert, weight)
-            return jmoe.moe_mlp(routing=routing, exchange=exchange, remat=True, **parameters)
+            if placement is not None:
+                order = np.array(placement.order)
+                parameters = {name: array if name == "x" else array[order] for name, array in parameters.items()}
+            where = {"exchange": exchange, "expert_placement": placement}
+            return jmoe.moe_mlp(routing=jmoe.Assignments(token, expert, weight), remat=True, **where, **parameters)
 
         y, pull_back = jax.vjp(apply, arrays, weight)
         return y, pull_back(dy)
@@ -184,6 +188,6 @@ def test_a_list_of_assignments_is_exchanged_too_from_explicit_axes(exchange, rel
     mesh = jax.make_mesh((2, 2), ("data", "expert"), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
         tokens = jax.NamedSharding(mesh, jax.P(("data", "expert")))
-        actual = jax.tree.leaves(run(arrays | {"x": jax.device_put(arrays["x"], tokens)}, weight))
+        actual = jax.tree.leaves(run(arrays | {"x": jax.device_put(arrays["x"], tokens)}, weight, placement))
     for (path, wanted), got in zip(expected, actual, strict=True):
         assert relative_error(got, wanted) < 1e-5, jax.tree_util.keystr(path)
