@@ -177,9 +177,8 @@ class ScaledLayer:
         """
         x, dy = self._operands["x"], self._operands["dy"]
         if order is None:
-            x, dy, logits = (self._share(array, 0) for array in (x, dy, logits))
-            return x, *self._whole, logits, dy
-        weights = (jax.device_put(weight[order], self._split) for weight in self._whole)
+            return self._share(x, 0), *self._whole, self._share(logits, 0), self._share(dy, 0)
+        weights = [jax.device_put(weight[order], self._split) for weight in self._whole]
         return x, *weights, jax.device_put(logits, self._split), dy
 
     def calls(self, key: tuple[str, str], operands: tuple[Array, ...]) -> dict[str, Callable[[], Any]]:
@@ -200,7 +199,8 @@ class ScaledLayer:
             of_tokens.append((y, dx, dlogits))
             of_weights.append([dweight.astype(jnp.float32) for dweight in dweights])
         y, dx, dlogits = (jnp.concatenate(parts) for parts in zip(*of_tokens, strict=True))
-        return [y, dx, *(sum(parts[1:], parts[0]) for parts in zip(*of_weights, strict=True)), dlogits]
+        dweights = [functools.reduce(jnp.add, parts) for parts in zip(*of_weights, strict=True)]
+        return [y, dx, *dweights, dlogits]
 
     def errors(
         self, key: tuple[str, str], operands: tuple[Array, ...], order: np.ndarray, expected: list[Array]

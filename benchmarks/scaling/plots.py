@@ -54,7 +54,8 @@ def plot_simulation(records: Sequence[Record], path: Path) -> None:
             color=_PARTS["experts"],
             label="best mesh",
         )
-        speed.set_ylim(0, 1.05)
+        speed.set_ylim(bottom=0)
+        speed.axhline(1, linewidth=0.8, color="#333333")
         speed.set_ylabel("speed of each GPU, of one alone")
         speed.set_title(title, fontsize=10, loc="left")
         bottom = [0.0] * len(best)
@@ -69,7 +70,9 @@ def plot_simulation(records: Sequence[Record], path: Path) -> None:
         for axes in (speed, time):
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_xlabel("GPUs")
-    for axes in rows[0]:
-        axes.legend(fontsize=8, ncols=2, loc="lower left" if axes is rows[0][0] else "lower right")
+    # Those of one column are those of the other rows too.
+    options = {"ncols": 4, "frameon": False, "fontsize": 9}
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower left", **options)
+    figure.legend(*rows[0][1].get_legend_handles_labels(), loc="outside lower right", **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

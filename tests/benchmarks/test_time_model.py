@@ -204,7 +204,7 @@ def _recorded(n=2):
         placed = {"exchange": exchange, "placement": "contiguous", "num_devices": n, "fullest_device": fullest}
         both = _timed(seconds, 3 * layer_job.expert_flops) | {"of_one_device": 0.9}
         records.append(_layer_record(layer_job, part="layer", auto=exchange == "ring", **placed) | {"both": both})
-    ragged = placed | {"exchange": "ragged_all_to_all"}
+    ragged = {"exchange": "ragged_all_to_all", "placement": "contiguous", "num_devices": n, "fullest_device": 1.0}
     records.append(
         _layer_record(layer_job, part="layer", auto=False, **ragged) | {"both": _timed(9, 1) | {"of_one_device": 0.1}}
     )
@@ -255,8 +255,8 @@ def test_results_of_several_devices_have_a_section_and_predictions_another(tmp_p
     prediction = {"kind": "prediction", "preset": "olmoe_1b_7b", "num_layers": 16, "setting": "bf16"}
     prediction |= {"batch_size": 4, "sequence_length": 4096}
     predictions = [prediction | record for record in simulate.simulate(OLMOE, SPEEDS, FLAT, 16, gpu_gib=72)]
-    header = {"sources": ["a source"], "assumptions": ["an assumption"]}
-    simulated = _content("simulate", [*predictions, *validate(contents)], **header)
+    simulated = _content("simulate", [*predictions, *validate(contents)])
+    simulated |= {"sources": ["a source"], "assumptions": ["an assumption"]}
     page = report.make_page([contents[0], simulated])
     section = page.partition("## Several GPUs")[2].partition("\n## ")[0]
     assert "2 devices, with `XLA_FLAGS=--a=b`." in section
