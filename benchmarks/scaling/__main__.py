@@ -36,8 +36,8 @@ device that computes the tokens of all, T at a time; more than 2e-2 is a failure
 jax.lax.ragged_all_to_all to experts computed by jmoe; its buffers just hold what the drawn routing needs.
 step: benchmarks.train_step; all devices have the same sequences, so that losses are those of one device, and a
 relative difference of 2e-2 in the first three is a failure. of_one_device: tokens per second of each device over those
-of one. links: bytes_sent by each device, and the rate, gb_per_s. memory: two scanned steps of as many layers as keep to
-limit_gib by XLA's plan. Seed {seed}."""
+of one. links: bytes_sent by each device, and the rate, gb_per_s. memory: two scanned steps, compiled without autotuning,
+of as many layers as keep to limit_gib by XLA's plan, one sequence on each device. Seed {seed}."""
 
 
 def restrict(num_devices: int) -> None:

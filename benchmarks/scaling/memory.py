@@ -5,12 +5,14 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from benchmarks.jax_matmuls import NO_AUTOTUNING
 from benchmarks.record import Record, commit, describe_failure
 from benchmarks.train_step import SETTINGS, Workload, peak_gib, planned_gib
 from train.mesh import Placement, shardings_of
@@ -24,11 +26,13 @@ class CompiledStep(NamedTuple):
     """A training step of some layers.
 
     Attributes:
+        num_layers: Of the model.
         parameters: How many there are.
         planned_gib: What XLA plans for it on each device.
         run_twice: Does two steps; raises an ArithmeticError if the loss is not finite.
     """
 
+    num_layers: int
     parameters: int
     planned_gib: float
     run_twice: Callable[[], None]
@@ -49,15 +53,17 @@ class DeepModel:
     def prepare(self, num_layers: int) -> CompiledStep:
         """Compiles the step of so many layers."""
         workload = dataclasses.replace(self.workload, num_layers=num_layers)
-        model, optimizer, schedule = SETTINGS[self._setting](workload)
-        shapes = self.placement.shapes(lambda: init_state(model, optimizer, 0))
-        batch_sharding = self.placement.batch_sharding
-        batch_shapes = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=batch_sharding),
-            jax.eval_shape(lambda: workload.batch(model, 0)),
-        )
-        step = make_train_step(graph_of(model), optimizer, schedule, shardings=shardings_of(shapes))
-        step = step.lower(shapes, batch_shapes).compile()
+        with self.placement.active():
+            model, optimizer, schedule = SETTINGS[self._setting](workload)
+            shapes = self.placement.shapes(lambda: init_state(model, optimizer, 0))
+            batch_sharding = self.placement.batch_sharding
+            batch_shapes = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=batch_sharding),
+                jax.eval_shape(lambda: workload.batch(model, 0)),
+            )
+            step = make_train_step(graph_of(model), optimizer, schedule, shardings=shardings_of(shapes))
+            # Autotuning is most of compilation, and changes speed only.
+            step = step.lower(shapes, batch_shapes).compile(compiler_options=dict(NO_AUTOTUNING))
 
         def run_twice() -> None:
             state = jax.jit(functools.partial(_waves, shapes), out_shardings=shardings_of(shapes))()
@@ -70,7 +76,8 @@ class DeepModel:
         planned = planned_gib(step)
         if planned is None:
             raise RuntimeError("XLA does not say here what it plans")
-        return CompiledStep(sum(leaf.size for leaf in jax.tree.leaves(shapes.params)), planned, run_twice)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+        return CompiledStep(num_layers, parameters, planned, run_twice)
 
 
 def measure_memory(workload: Workload, setting: str, *, limit_gib: float | None) -> Record:
@@ -90,8 +97,7 @@ def measure_memory(workload: Workload, setting: str, *, limit_gib: float | None)
     try:
         limit = record["limit_gib"] = limit_gib or _limit_gib()
         deep = DeepModel(workload, setting)
-        with deep.placement.active():
-            record |= _train_deepest(deep, limit)
+        record |= _train_deepest(deep, limit)
         record["peak_gib"] = peak_gib()
     except Exception as failure:
         record["failure"] = describe_failure(failure)
@@ -100,13 +106,14 @@ def measure_memory(workload: Workload, setting: str, *, limit_gib: float | None)
 
 
 def _train_deepest(deep: DeepModel, limit: float) -> Record:
-    plans = {num_layers: deep.prepare(num_layers).planned_gib for num_layers in _FIRST}
+    with ThreadPoolExecutor(len(_FIRST)) as pool:
+        plans = {step.num_layers: step.planned_gib for step in pool.map(deep.prepare, _FIRST)}
     deepest, too_deep = None, {}
     for _ in range(_ATTEMPTS):
         guess = _fitting_layers(plans, limit)
         if too_deep:
             guess = min(guess, min(too_deep) - 1)
-        if guess in plans or guess < 1:
+        if guess in plans or guess < 1 or (deepest and guess < deepest.num_layers):
             break
         step = deep.prepare(guess)
         plans[guess] = step.planned_gib
@@ -120,14 +127,13 @@ def _train_deepest(deep: DeepModel, limit: float) -> Record:
             if not too_deep[guess].startswith("out of memory"):
                 raise
             continue
-        deepest = guess, step
+        deepest = step
     if deepest is None:
         raise MemoryError(f"nothing fits into {limit:.2f} GiB: plans in GiB by layers are {plans}; {too_deep}")
-    num_layers, step = deepest
     return {
-        "num_layers": num_layers,
-        "parameters": step.parameters,
-        "planned_gib": step.planned_gib,
+        "num_layers": deepest.num_layers,
+        "parameters": deepest.parameters,
+        "planned_gib": deepest.planned_gib,
         "plans": {str(layers): gib for layers, gib in sorted(plans.items())},
         "too_deep": {str(layers): reason for layers, reason in sorted(too_deep.items())},
     }

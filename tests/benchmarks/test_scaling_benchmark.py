@@ -20,6 +20,7 @@ from benchmarks.scaling.layer import (
     Placement,
     ScaledLayer,
     measure_layer,
+    placements,
     sharded_ragged_layer,
 )
 from benchmarks.scaling.links import COLLECTIVES, measure_links
@@ -45,56 +46,61 @@ def in_terms_of_all_gather(operand, output, input_offsets, send_sizes, output_of
     return output
 
 
+SMALL = Configuration("small", T=16, D=16, F=8, E=8, K=2)
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return ScaledLayer(SMALL, seed=0)
+
+
+def logits_of(routing):
+    return draw_logits(dataclasses.replace(SMALL, T=8 * SMALL.T), routing, 0)
+
+
 @pytest.mark.parametrize("exchanges", [("gather",), pytest.param(EXCHANGES, marks=pytest.mark.exhaustive)], ids=len)
-def test_a_layer_is_compared_with_one_device_and_timed(exchanges, monkeypatch):
-    small = Configuration("small", T=16, D=16, F=8, E=8, K=2)
-    monkeypatch.setitem(CONFIGURATIONS, "small", small)
-    monkeypatch.setattr(scaling_layer, "EXCHANGES", exchanges)
-    one, *others = measure_layer("small", "zipf", rounds=1, seed=0)
-    layer = scaling_layer._prepared("small", 0)
-    scaling_layer._prepared.cache_clear()
+def test_a_layer_is_compared_with_one_device_and_timed(exchanges, layer, monkeypatch):
+    monkeypatch.setitem(CONFIGURATIONS, "small", SMALL)
+    monkeypatch.setattr(scaling_layer, "_prepared", lambda name, seed: layer)
+    # XLA's CPU has no ragged_all_to_all: that fails alone.
+    placement = Placement("contiguous", np.arange(8), 1.5, (*exchanges, RAGGED))
+    monkeypatch.setattr(scaling_layer, "placements", lambda *_: [placement])
+    one, *others, ragged = measure_layer("small", "zipf", rounds=1, seed=0)
     assert one["exchange"] == ONE_DEVICE
+    assert "ragged" in ragged["failure"]
     assert [record["exchange"] for record in others] == list(exchanges)
     for record in others:
         assert "failure" not in record
         assert max(record["relative_error"].values()) < 2e-2
         assert record["auto"] == (record["exchange"] == "all_to_all")  # 8 devices, K is 2
-        assert record["fullest_device"] > 1
+        assert record["fullest_device"] == 1.5
         ratio = one["both"]["ms_median"] / record["both"]["ms_median"]
         assert record["both"]["of_one_device"] == pytest.approx(ratio)
     json.dumps(others)
     # Experts that are not where they are said to be give other results.
-    logits = draw_logits(dataclasses.replace(small, T=8 * small.T), "zipf", 0)
-    order = np.roll(np.arange(8), 1)
+    logits, order = logits_of("zipf"), np.roll(np.arange(8), 1)
     wrong = layer.errors(("gather", "contiguous"), layer.operands(logits, order), order, layer.expected(logits))
     assert min(wrong.values()) > 0.1
 
 
+def test_contiguous_experts_are_as_uneven_as_their_loads():
+    [placement] = placements(np.array([4, 2, 1, 1]), 2, "gather")
+    assert placement.order.tolist() == [0, 1, 2, 3]
+    assert (placement.fullest, placement.exchanges) == (1.5, EXCHANGES)
+
+
 @pytest.mark.parametrize("routing", ["zipf", pytest.param("random", marks=pytest.mark.exhaustive)])
-def test_the_ragged_baseline_computes_the_layer(routing, monkeypatch):
-    small = Configuration("small", T=16, D=16, F=8, E=16, K=2)
-    layer = ScaledLayer(small, seed=0)
-    logits = draw_logits(dataclasses.replace(small, T=8 * small.T), routing, 0)
-    max_rows = rows_received(np.argsort(logits, axis=1)[:, -2:], 16, 8)
-    assert max_rows >= small.T * small.K
+def test_the_ragged_baseline_computes_the_layer(routing, layer, monkeypatch):
+    logits = logits_of(routing)
+    max_rows = rows_received(np.argsort(logits, axis=1)[:, -2:], 8, 8)
+    assert max_rows >= SMALL.T * SMALL.K
     of_devices = functools.partial(sharded_ragged_layer, ragged_all_to_all=in_terms_of_all_gather)
     monkeypatch.setattr(scaling_layer, "sharded_ragged_layer", of_devices)
-    placement = Placement("contiguous", np.arange(16), 1.0, (RAGGED,))
+    placement = Placement("contiguous", np.arange(8), 1.0, (RAGGED,))
     layer.compile(placement, max_rows=max_rows)
     operands = layer.operands(logits, placement.order)
     errors = layer.errors((RAGGED, "contiguous"), operands, placement.order, layer.expected(logits))
     assert max(errors.values()) < 2e-2
-
-
-def test_a_baseline_that_cannot_be_compiled_fails_alone(monkeypatch):
-    small = Configuration("small", T=16, D=16, F=8, E=8, K=2)
-    monkeypatch.setitem(CONFIGURATIONS, "small", small)
-    placement = Placement("contiguous", np.arange(8), 1.0, (RAGGED,))  # which XLA's CPU does not have
-    monkeypatch.setattr(scaling_layer, "placements", lambda *_: [placement])
-    one, ragged = measure_layer("small", "random", rounds=1, seed=0)
-    scaling_layer._prepared.cache_clear()
-    assert "both" in one
-    assert "ragged" in ragged["failure"]
 
 
 def test_links_are_checked_and_timed():
@@ -130,7 +136,7 @@ def test_the_deepest_model_is_trained():
 
 def _search(monkeypatch, plan, runs=lambda layers: None):
     def prepare(self, layers):
-        return CompiledStep(100 * layers, plan(layers), functools.partial(runs, layers))
+        return CompiledStep(layers, 100 * layers, plan(layers), functools.partial(runs, layers))
 
     monkeypatch.setattr(DeepModel, "prepare", prepare)
     return measure_memory(TINY, "program", limit_gib=10.0)
@@ -141,6 +147,8 @@ def test_the_deepest_model_is_found_by_plans_that_are_nearly_straight(monkeypatc
     assert (record["num_layers"], record["parameters"], record["plans"].keys()) == (10, 1000, {"2", "4", "10"})
     record = _search(monkeypatch, lambda layers: 1 + 0.9 * min(layers, 4) + 0.5 * max(layers - 4, 0))
     assert record["num_layers"] == 14
+    record = _search(monkeypatch, lambda layers: 1 + 0.9 * min(layers, 9) + 0.95 * max(layers - 9, 0))
+    assert record["num_layers"] == 9
     record = _search(monkeypatch, lambda layers: 1 + 0.9 * layers + (0.5 if layers > 9 else 0))
     assert (record["num_layers"], record["too_deep"].keys()) == (9, {"10"})
 
