@@ -80,8 +80,9 @@ SCALING = """\
 ## Several GPUs of one host
 
 Layers whose experts are split over all devices, with T tokens on each: TFLOP/s of each device, and *of one device*: the
-speed of each over that of one device with all experts and T tokens, timed in the same rounds. *Fullest* is the load of
-the fullest device over the mean: with contiguous experts nothing is faster than its inverse. *Of ragged* is the speed
+speed of each over that of one device with all experts and T tokens, timed in the same rounds. *Placement* says which
+device has which experts. *Fullest* is the load of the fullest device over the mean, and nothing is faster than its
+inverse. *Of ragged* is the speed
 over that of the same layer on `jax.lax.ragged_all_to_all`. Training steps have the same batch on each device, and *of
 one device* is their weak scaling. The deepest model is OLMoE with as many layers as can be trained.
 [Scaling](scaling.md) says how to choose a mesh and an exchange.

@@ -25,6 +25,7 @@ from benchmarks.scaling import simulate, tables
 from benchmarks.scaling.layer import RAGGED
 from benchmarks.scaling.step import compare
 from benchmarks.scaling.tasks import LIMIT_SECONDS, Task, describe_devices, make_tasks, run
+from benchmarks.train_step import SETTINGS
 
 METHOD = """\
 One process drives all devices; they are one mesh axis "expert" unless a mesh is named. Each group of tasks has a
@@ -36,8 +37,8 @@ device that computes the tokens of all, T at a time; more than 2e-2 is a failure
 jax.lax.ragged_all_to_all to experts computed by jmoe; its buffers just hold what the drawn routing needs.
 step: benchmarks.train_step; all devices have the same sequences, so that losses are those of one device, and a
 relative difference of 2e-2 in the first three is a failure. of_one_device: tokens per second of each device over those
-of one. links: bytes_sent by each device, and the rate, gb_per_s. memory: two scanned steps, compiled without autotuning,
-of as many layers as keep to limit_gib by XLA's plan, one sequence on each device. Seed {seed}."""
+of one. links: bytes_sent by each device, and the rate, gb_per_s. memory: two scanned steps of as many layers as keep to
+limit_gib by XLA's plan, compiled without autotuning, one sequence on each device. Seed {seed}."""
 
 
 def restrict(num_devices: int) -> None:
@@ -87,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-devices", type=int, help="as many as there are if not given")
     parser.add_argument("--rounds", type=int, default=8, help="of timings")
     parser.add_argument("--steps", type=int, default=10, help="training steps that are timed")
+    parser.add_argument("--setting", choices=SETTINGS, default="bf16", help="of training steps, as in train_step")
     parser.add_argument("--memory-gib", type=float, help="what a device has, for memory-*; what JAX says if not given")
     parser.add_argument(
         "--scan-layers",

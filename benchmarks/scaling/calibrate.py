@@ -38,12 +38,17 @@ def model_of(preset: str, num_layers: int, setting: str) -> TransformerConfig:
     return dataclasses.replace(PRESETS[preset], num_layers=num_layers, **_PRECISIONS[setting])
 
 
-def devices(contents: Sequence[Record]) -> list[str]:
-    """Names the devices that have what `calibrate` needs, those with measured links first."""
+def devices(contents: Sequence[Record], setting: str) -> list[str]:
+    """Names the devices that have what `calibrate` needs, those that were measured in a group first."""
     steps = [content for content in contents if content["program"] in ("scaling", "train_step")]
     steps.sort(key=lambda content: content["program"])
     named = dict.fromkeys(content["hardware"]["device"] for content in steps)
-    return [device for device in named if _one_device_steps(contents, device) and _layers(contents, device)]
+    return [
+        device
+        for device in named
+        if _layers(contents, device)
+        and any(step["setting"] == setting for _, step in _one_device_steps(contents, device))
+    ]
 
 
 def calibrate(contents: Sequence[Record], device: str, model: TransformerConfig, setting: str) -> Calibration:

@@ -27,7 +27,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--simulate", action="store_true", help="predict steps instead of measuring")
     group.add_argument("--model", choices=PRESETS, default="olmoe_1b_7b")
     group.add_argument("--num-layers", default="4,16", help="one or more, separated by commas")
-    group.add_argument("--setting", choices=("bf16", "program"), default="program", help="as of train_step")
     group.add_argument("--batch-size", type=int, default=4, help="sequences of each GPU")
     group.add_argument("--sequence-length", type=int, default=4096)
     group.add_argument("--max-gpus", type=int, default=4096)
@@ -89,9 +88,9 @@ def main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if not all(layers.isdecimal() and int(layers) for layers in options.num_layers.split(",")):
         parser.error(f"--num-layers must be numbers, separated by commas, got {options.num_layers!r}")
     contents = newest(RESULTS)
-    known = devices(contents)
+    known = devices(contents, options.setting)
     if not known or (options.device or known[0]) not in known:
-        parser.error(f"--device: results of layers and steps are recorded for {', '.join(known) or 'no device'}")
+        parser.error(f"--device: layers and {options.setting} steps are recorded for {', '.join(known) or 'no device'}")
     device = options.device or known[0]
 
     measured = links(contents, device)

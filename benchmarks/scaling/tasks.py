@@ -59,17 +59,21 @@ def make_tasks(options: argparse.Namespace, platform: str, num_devices: int) -> 
     def add(name: str, measure: Callable[..., Record], *arguments: object, **more: object) -> None:
         tasks.append(Task(name, name, functools.partial(_as_list, measure, *arguments, **more)))
 
+    def add_step(name: str) -> None:
+        asked = shape | {"scan_layers": options.scan_layers}
+        timing = {"steps": options.steps, "seed": options.seed}
+        add(f"step-{name}", measure_step, options.setting, meshes[name], asked, **timing)
+
     meshes = step_meshes(num_devices)
-    asked = shape | {"scan_layers": options.scan_layers}
     for name in ("one", "expert", "data", "data-expert"):
         if name in meshes:
-            add(f"step-{name}", measure_step, "bf16", meshes[name], asked, steps=options.steps, seed=options.seed)
+            add_step(name)
     tasks.append(Task("links", "links", functools.partial(measure_links, **timing)))
     deep = Workload(**{**shape, "batch_size": 1})
     for name in ("one", "expert"):
         workload = dataclasses.replace(deep, mesh=meshes[name])
         add(f"memory-{name}", measure_memory, workload, "program", limit_gib=options.memory_gib)
-    add("step-fsdp", measure_step, "bf16", meshes["fsdp"], asked, steps=options.steps, seed=options.seed)
+    add_step("fsdp")
     return {task.name: task for task in tasks}
 
 

@@ -185,7 +185,7 @@ def test_meshes_are_of_all_devices():
 
 
 def _options(**options):
-    fixed = {"rounds": 1, "seed": 0, "steps": 1, "scan_layers": False, "memory_gib": None}
+    fixed = {"rounds": 1, "seed": 0, "steps": 1, "setting": "bf16", "scan_layers": False, "memory_gib": None}
     return argparse.Namespace(**fixed | options)
 
 

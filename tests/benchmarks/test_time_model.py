@@ -232,7 +232,8 @@ def _recorded(n=2):
 
 def test_a_device_that_follows_the_model_is_calibrated_and_predicted_exactly():
     contents = list(_recorded())
-    assert devices(contents) == [DEVICE]
+    assert devices(contents, "bf16") == [DEVICE]
+    assert devices(contents, "program") == []
     model = model_of("olmoe_1b_7b", 16, "bf16")
     speeds, activation_bytes, sources = calibrate(contents, DEVICE, model, "bf16")
     assert dataclasses.asdict(speeds) == pytest.approx(dataclasses.asdict(SPEEDS))
@@ -303,7 +304,7 @@ def test_the_program_predicts_from_the_recorded_results(tmp_path, capsys):
         (["--overlap", "2"], "--overlap must be from 0 to 1"),
         (["--num-layers", "four"], "--num-layers must be numbers"),
         (["--gpus-per-node", "0"], "--gpus-per-node must be more than 0"),
-        (["--device", "abacus"], "results of layers and steps are recorded for NVIDIA"),
+        (["--device", "abacus"], "layers and bf16 steps are recorded for NVIDIA"),
     ],
 )
 def test_a_bad_argument_is_refused(arguments, message, capsys):
