@@ -71,7 +71,8 @@ def measure(chosen_tasks: Sequence[Task], results: Results, console: Console) ->
             records = [{"failure": describe_failure(failure)}]
         records = [{"task": task.name, "part": task.name.partition("-")[0], **record} for record in records]
         if task.name.startswith("step-"):
-            records = [compare(record, results.records) for record in records]
+            steps = [record for record in results.records if record["part"] == "step"]
+            records = [compare(record, steps) for record in records]
         results.replace([*results.records, *records])
         failed = sum("failure" in record for record in records)
         console.print(

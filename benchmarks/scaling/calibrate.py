@@ -129,10 +129,11 @@ def validate(contents: Sequence[Record]) -> list[Record]:
             if record["exchange"] == ONE_DEVICE
         }
         for _, record in _scaling(contents, device, "layer"):
-            if record["exchange"] in (ONE_DEVICE, RAGGED):
+            one = ones.get((record["configuration"], record["routing"]))
+            if record["exchange"] in (ONE_DEVICE, RAGGED) or one is None:
                 continue
             n = record["num_devices"]
-            one, network = ones[record["configuration"], record["routing"]], Network(in_node, default, n)
+            network = Network(in_node, default, n)
             job = _job_of_layer(CONFIGURATIONS[record["configuration"]])
             speeds = Speeds(**_expert_speeds(one), other=1, dense=1, copy=1)
             predicted = layer_seconds(job, speeds, network, Group(n, n), record["exchange"], record["fullest_device"])
