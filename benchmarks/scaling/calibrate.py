@@ -87,7 +87,7 @@ def calibrate(contents: Sequence[Record], device: str, model: TransformerConfig,
     if rest <= 0:
         raise ValueError(f"the step in {content['file']} took less than its experts and matmuls take by themselves")
     other = job.other_flops / rest
-    state = 4 * job.parameter_bytes * step["parameters"]
+    state = job.state_bytes * step["parameters"]
     kept = max(step["planned_gib"] * 2**30 - state, 0) / job.num_tokens / job.model.num_layers
     return Calibration(
         Speeds(**_expert_speeds(layer), other=other, dense=dense, copy=copy),

@@ -120,7 +120,7 @@ class Job:
     """What is trained.
 
     Attributes:
-        model: The transformer. Its `param_dtype` is that of gradients and moments too.
+        model: The transformer, computed in bfloat16. Its `param_dtype` is that of moments too.
         batch_size: Sequences of each device.
         sequence_length: Tokens of each.
         imbalance: The fullest device's assignments over the mean, beyond what random routing does.
@@ -170,9 +170,14 @@ class Job:
         return total - 3 * self.num_moe_layers * self.expert_flops - self.head_flops
 
     @property
-    def parameter_bytes(self) -> int:
-        """Of one parameter, and of its gradient."""
-        return 2 if self.model.param_dtype == "bfloat16" else 4
+    def master_bytes(self) -> int:
+        """Of one parameter as the optimizer has it, and of each of its moments."""
+        return _BF16 if self.model.param_dtype == "bfloat16" else 4
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one parameter, its two moments and its gradient; and of the bfloat16 copy of a float32 one."""
+        return 3 * self.master_bytes + _BF16 + (_BF16 if self.master_bytes == 4 else 0)
 
     def local_parameters(self, mesh: Mesh) -> float:
         """Parameters that each device keeps."""
@@ -182,11 +187,11 @@ class Job:
     def update_seconds(self, speeds: Speeds, mesh: Mesh) -> float:
         """Predicts the passes over parameters.
 
-        The norm of the gradients reads these; AdamW reads a parameter, its gradient and two moments, and writes all but
-        the gradient; float32 parameters are cast to bfloat16 for the forward and again for the backward.
+        AdamW reads a parameter, its bfloat16 gradient and two moments, and writes all but the gradient; float32 parameters
+        are cast to bfloat16 once.
         """
-        casts = 2 * (4 + _BF16) if self.parameter_bytes == 4 else 0
-        return (8 * self.parameter_bytes + casts) * self.local_parameters(mesh) / speeds.copy
+        cast = 4 + _BF16 if self.master_bytes == 4 else 0
+        return (6 * self.master_bytes + _BF16 + cast) * self.local_parameters(mesh) / speeds.copy
 
 
 ONE = Mesh(1, 1, 1)
@@ -259,7 +264,7 @@ def layer_seconds(
 
 def step_seconds(job: Job, speeds: Speeds, network: Network, mesh: Mesh, exchange: str) -> dict[str, float]:
     """Predicts a training step, part by part."""
-    m, size = job.model, job.parameter_bytes
+    m = job.model
 
     def over(*axes: str) -> Group:
         return mesh.group(network.node_size, *axes)
@@ -270,10 +275,10 @@ def step_seconds(job: Job, speeds: Speeds, network: Network, mesh: Mesh, exchang
     parts = {name: job.num_moe_layers * seconds for name, seconds in layer.items()}
     parts["other"] = job.other_flops / speeds.other + job.head_flops / speeds.dense
     parts["update"] = job.update_seconds(speeds, mesh)
-    shard = size * job.local_parameters(mesh)
-    # Gathered for the forward and again for the backward.
+    # Weights travel as they are multiplied, and gradients too. They are gathered for the forward and for the backward.
+    shard = _BF16 * job.local_parameters(mesh)
     parts["weights"] = 2 * network.seconds("all_gather", shard, over("fsdp"))
-    experts = size * job.expert_parameters / mesh.expert / mesh.fsdp
+    experts = _BF16 * job.expert_parameters / mesh.expert / mesh.fsdp
     gradients = (
         network.seconds("psum_scatter", shard * mesh.fsdp, over("fsdp"))
         + network.seconds("psum", experts, over("data"))
@@ -285,8 +290,8 @@ def step_seconds(job: Job, speeds: Speeds, network: Network, mesh: Mesh, exchang
 
 
 def step_gib(job: Job, mesh: Mesh, exchange: str) -> float:
-    """Predicts the memory of a step: parameters, gradients and two moments; activations; and the exchange's."""
-    state = 4 * job.parameter_bytes * job.local_parameters(mesh)
+    """Predicts the memory of a step: that of `Job.state_bytes`, activations, and the exchange's."""
+    state = job.state_bytes * job.local_parameters(mesh)
     activations = job.activation_bytes * job.num_tokens * job.model.num_layers
     tokens = _BF16 * job.num_tokens * job.model.embed_dim
     n, m = mesh.expert, job.model

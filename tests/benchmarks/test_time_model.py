@@ -138,7 +138,7 @@ def test_axes_change_what_they_are_for():
     one, data, fsdp, expert = parts(1, 1, 1), parts(8, 1, 1), parts(1, 8, 1), parts(1, 1, 8)
     assert one["exchange"] == one["weights"] == one["gradients"] == 0
     assert data["update"] == one["update"] == pytest.approx(8 * fsdp["update"])
-    assert data["gradients"] == pytest.approx(2 * 7 / 8 * 4 * OLMOE.model.num_parameters / (100 * GB))
+    assert data["gradients"] == pytest.approx(2 * 7 / 8 * 2 * OLMOE.model.num_parameters / (100 * GB))
     # A reduce-scatter is half a sum; gathering the weights twice is the whole of one.
     assert fsdp["gradients"] == pytest.approx(data["gradients"] / 2)
     assert fsdp["weights"] == pytest.approx(data["gradients"])
