@@ -187,8 +187,8 @@ class Job:
     def update_seconds(self, speeds: Speeds, mesh: Mesh) -> float:
         """Predicts the passes over parameters.
 
-        AdamW reads a parameter, its bfloat16 gradient and two moments, and writes all but the gradient; float32 parameters
-        are cast to bfloat16 once.
+        AdamW reads a parameter, its bfloat16 gradient and two moments, and writes all but the gradient. Float32
+        parameters are cast to bfloat16 once.
         """
         cast = 4 + _BF16 if self.master_bytes == 4 else 0
         return (6 * self.master_bytes + _BF16 + cast) * self.local_parameters(mesh) / speeds.copy
