@@ -17,6 +17,9 @@ from jmoe.mlp import moe_mlp
 from jmoe.moe import MoE
 from jmoe.moe_aux import MoEAux
 from jmoe.parallel_linear import ParallelLinear, parallel_linear
+from jmoe.placement import ExpertPlacement, Replica
+from jmoe.planning import plan_placement
+from jmoe.reorder import reorder_experts
 from jmoe.routing import Assignments, Routing, route_top_k
 from jmoe.sharding import LOGICAL_AXIS_RULES, logical_axis_rules, named_sharding, partition_spec
 
@@ -25,11 +28,13 @@ __all__ = [
     "Activation",
     "Assignments",
     "Dispatch",
+    "ExpertPlacement",
     "Gated",
     "LoRAExperts",
     "MoE",
     "MoEAux",
     "ParallelLinear",
+    "Replica",
     "Routing",
     "debug_checks",
     "exchanges",
@@ -43,7 +48,9 @@ __all__ = [
     "named_sharding",
     "parallel_linear",
     "partition_spec",
+    "plan_placement",
     "pooled_balancing_loss",
+    "reorder_experts",
     "route_top_k",
     "router_z_loss",
     "routers",

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32, Integer, Shaped
 
-from jmoe.debug import check
-from jmoe.routing import ABSENT, Assignments, Routing, count_assignments, is_present
+from jmoe.routing import Assignments, Routing, checked_present, count_assignments, is_present
 
 # On an H100 comparing so many is still 30 us faster than XLA's sort; more were not measured.
 _MOST_ASSIGNMENTS_COMPARED = 4096
@@ -80,14 +79,7 @@ def make_dispatch(routing: Routing | Assignments, num_experts: int) -> Dispatch:
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}; it must be at least 1.")
     check_routing(routing)
-    present = is_present(routing.expert_index, num_experts)
-    check(
-        present | (routing.expert_index == ABSENT),
-        "expert_index lies between {low} and {high}; it must be in [0, E), or -1 where absent",
-        low=routing.expert_index.min(initial=0),
-        high=routing.expert_index.max(initial=0),
-    )
-
+    present = checked_present(routing.expert_index, num_experts)
     # Without the barrier XLA would count again wherever only the sum of the sizes is used.
     group_sizes = lax.optimization_barrier(count_assignments(routing.expert_index, num_experts))
     # As few bits as there may be: a GPU sorts 8 of them at a time.

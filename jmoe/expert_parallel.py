@@ -18,8 +18,10 @@ from jmoe.block_sparse import check_hidden_sizes
 from jmoe.debug import refuse_mesh
 from jmoe.dispatch import check_routing
 from jmoe.exchanges import ExchangeName, make_exchange
+from jmoe.exchanges.replicas import Replication
 from jmoe.grouped_mlp import ExpertParameters
 from jmoe.local_mlp import MLPImplementation, WeightOn, local_mlp, mlp_options
+from jmoe.placement import ExpertPlacement, placed_routing
 from jmoe.routing import Assignments, Routing, in_range, is_present
 from jmoe.rows import accumulator_dtype
 from jmoe.sharding import as_axes, mesh_axes, reshard, shardable_axes, token_spec
@@ -104,6 +106,7 @@ def sharded_mlps(
     remat: bool,
     hidden_sizes: tuple[int, ...] | None,
     implementation: MLPImplementation | None,
+    expert_placement: ExpertPlacement | None,
     exchange: ExchangeName,
 ) -> Float[Array, "T D"]:
     """Computes `moe_mlp` of this shard's tokens, plus the shared expert if there is one.
@@ -124,6 +127,7 @@ def sharded_mlps(
         remat: as in `moe_mlp`, and the same for the shared expert.
         hidden_sizes: as in `moe_mlp`; only for experts and widths that are not split.
         implementation: as in `moe_mlp`.
+        expert_placement: as in `moe_mlp`.
         exchange: as in `moe_mlp`.
 
     Returns:
@@ -141,6 +145,7 @@ def sharded_mlps(
         "weight_on": weight_on,
         "remat": remat,
         "implementation": implementation,
+        "expert_placement": expert_placement,
     }
     if hidden_sizes or _num_shards(axes.experts) == 1:
         experts = experts if hidden_sizes else split_hidden(experts)
@@ -164,25 +169,35 @@ def _exchanged_mlp(
     weight_on: WeightOn,
     remat: bool,
     implementation: MLPImplementation | None,
+    expert_placement: ExpertPlacement | None,
 ) -> Float[Array, "T D"]:
     """Exchanges tokens along the expert axes that they are sharded over; along others every shard has them already."""
     check_mlp(x, experts, routing, activation, weight_on)
     num_local, hidden, _ = experts.w_down.shape
-    num_experts = num_local * _num_shards(axes.experts)
+    num_devices = _num_shards(axes.experts)
+    num_experts = num_local * num_devices
+    if expert_placement is not None:
+        expert_placement.check_fits(num_experts, num_devices)
     if not x.size or not routing.expert_index.size:
         return jnp.zeros_like(x)
+    if isinstance(routing, Assignments):
+        routing = in_range(routing, x.shape[0], num_experts)
+    replication = None
+    if expert_placement is not None:
+        routing = placed_routing(routing, expert_placement)
+        num_local += expert_placement.num_replicas
+        replication = Replication(axes.experts, expert_placement) if expert_placement.num_replicas else None
     over = tuple(axis for axis in axes.experts if axis in axes.tokens)
     apply = make_exchange(
         exchange,
         over,
         mlp_options((hidden,) * num_local, activation, weight_on, remat, implementation),
-        num_experts,
+        num_local * num_devices,
         num_shards=_num_shards(over),
         top_k=math.ceil(routing.expert_index.size / x.shape[0]),
         shard_bytes=x.nbytes,
+        replication=replication,
     )
-    if isinstance(routing, Assignments):
-        routing = in_range(routing, x.shape[0], num_experts)
     y = apply(x, _within_reach(routing, num_local, axes.experts, over), experts)
     return lax.psum(y, tuple(axis for axis in axes.experts if axis not in over))
 

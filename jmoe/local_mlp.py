@@ -11,6 +11,7 @@ from jmoe.arguments import check_mlp, check_mlp_side_by_side
 from jmoe.debug import check
 from jmoe.dispatch import Dispatch, dispatch_unsorted, make_dispatch
 from jmoe.grouped_mlp import ExpertParameters
+from jmoe.placement import ExpertPlacement, placed_routing
 from jmoe.routing import Assignments, Routing, in_range, is_present
 from pallas_kernels import Implementation
 
@@ -32,6 +33,7 @@ def local_mlp(
     remat: bool,
     hidden_sizes: tuple[int, ...] | None,
     implementation: MLPImplementation | None,
+    expert_placement: ExpertPlacement | None,
 ) -> Float[Array, "T D"]:
     """Computes `jmoe.moe_mlp` of the tokens and experts that are here, whatever mesh there is.
 
@@ -44,6 +46,7 @@ def local_mlp(
         remat: as in `moe_mlp`.
         hidden_sizes: as in `moe_mlp`.
         implementation: as in `moe_mlp`.
+        expert_placement: as in `moe_mlp`; of the order of the parameters only.
 
     Returns:
         [T, D] in x's dtype.
@@ -63,6 +66,9 @@ def local_mlp(
         options = block_sparse.Options(activation, weight_on, remat, hidden_sizes, of_products)
     if isinstance(routing, Assignments):
         routing = in_range(routing, x.shape[0], num_experts)
+    if expert_placement is not None:
+        expert_placement.check_fits(num_experts, one_width=hidden_sizes is None)
+        routing = placed_routing(routing, expert_placement.without_replicas)
     check(
         jnp.isfinite(routing.weight) | ~is_present(routing.expert_index, num_experts),
         "the routing weight of a present assignment is not finite",

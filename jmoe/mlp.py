@@ -10,6 +10,7 @@ from jmoe.exchanges import ExchangeName, check_exchange
 from jmoe.expert_parallel import mlp_on_mesh
 from jmoe.grouped_mlp import ExpertParameters
 from jmoe.local_mlp import MLPImplementation, WeightOn, local_mlp
+from jmoe.placement import ExpertPlacement
 from jmoe.routing import Assignments, Routing
 from jmoe.sharding import mesh_axes
 from pallas_kernels.block_sparse.topology import static_sizes
@@ -29,6 +30,7 @@ def moe_mlp(
     hidden_sizes: Sequence[int] | None = None,
     implementation: MLPImplementation | None = None,
     exchange: ExchangeName = "auto",
+    expert_placement: ExpertPlacement | None = None,
 ) -> Float[Array, "T D"]:
     """Computes the weighted sum of each token's expert MLPs; no token is dropped, whatever the routing.
 
@@ -68,6 +70,9 @@ def moe_mlp(
             devices and back: "gather", "ring", "all_to_all" (`jmoe.exchanges`), or "auto" for what
             `jmoe.exchanges.choose_exchange` takes. All arrays are then those of all devices together. Elsewhere, and
             inside a `jax.shard_map` over that axis, it means nothing.
+        expert_placement: on the same meshes, which device has which experts (`jmoe.plan_placement`); by default device
+            i has the i-th E/n of them. The parameters and their gradients are in its `order`, with a mesh and without
+            one; routing has the experts' own numbers. Replicas take part only where experts are split.
 
     Returns:
         [T, D] in x's dtype.
@@ -92,6 +97,7 @@ def moe_mlp(
         "remat": remat,
         "hidden_sizes": None if hidden_sizes is None else static_sizes("hidden_sizes", hidden_sizes),
         "implementation": implementation,
+        "expert_placement": expert_placement,
     }
     if mesh_axes("expert", jax.sharding.get_abstract_mesh()):
         return mlp_on_mesh(x, routing, parameters, exchange=exchange, **options)

@@ -29,6 +29,7 @@ from jmoe.parameters import (
     mlp_parameters,
     shared_parameters,
 )
+from jmoe.placement import ExpertPlacement
 from jmoe.routers.create import create_router
 from jmoe.routers.router import Route, Router, call_router, router_key
 from jmoe.routers.zero_experts import split_zero_experts
@@ -100,6 +101,9 @@ class MoE(nnx.Module):
         bias_init: initializer of the biases.
         implementation: as in `jmoe.moe_mlp`.
         exchange: as in `jmoe.moe_mlp`; it means nothing without an expert axis.
+        expert_placement: as in `jmoe.moe_mlp`. The router and `aux` have the experts' own order, and each expert
+            starts with the same values. To set it later, put the parameters and what an optimizer keeps of them into
+            its order: `jmoe.reorder_experts`.
         rngs: random keys for the parameters (stream "params").
 
     Raises:
@@ -146,6 +150,7 @@ class MoE(nnx.Module):
         bias_init: Initializer = _BIAS_INIT,
         implementation: MLPImplementation | None = None,
         exchange: ExchangeName = "auto",
+        expert_placement: ExpertPlacement | None = None,
         rngs: nnx.Rngs,
     ):
         sizes = {"features": features, "num_experts": num_experts}
@@ -197,6 +202,7 @@ class MoE(nnx.Module):
         self.param_dtype = param_dtype
         self.implementation: MLPImplementation | None = implementation
         self.exchange: ExchangeName = exchange
+        self.expert_placement = expert_placement
 
         initialization = {"param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
         self.router: Any = create_router(  # a `Router`, whose variables are read by their names
@@ -211,7 +217,12 @@ class MoE(nnx.Module):
             **initialization,
         )
         mlp = {"activation": activation, "use_bias": use_bias, "bias_init": bias_init, **initialization}
-        experts = create_mlp_parameters(features, self.hidden_features, "expert_hidden", num_experts=num_experts, **mlp)
+        order = None
+        if expert_placement is not None:
+            expert_placement.check_fits(num_experts, one_width=not isinstance(self.hidden_features, tuple))
+            order = expert_placement.order
+        of_experts = {"num_experts": num_experts, "expert_order": order}
+        experts = create_mlp_parameters(features, self.hidden_features, "expert_hidden", **of_experts, **mlp)
         self.w_up, self.w_down, self.b_up, self.b_down = experts
         shared = None
         if shared_hidden_features:
@@ -335,6 +346,7 @@ class MoE(nnx.Module):
             hidden_sizes=self.hidden_features if isinstance(self.hidden_features, tuple) else None,
             implementation=self.implementation,
             exchange=self.exchange,
+            expert_placement=self.expert_placement,
         )  # [T, D]
         if identity_weight is not None:
             if shared_weight is not None:

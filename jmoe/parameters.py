@@ -59,6 +59,7 @@ def create_mlp_parameters(
     hidden_axis: str,
     *,
     num_experts: int | None = None,
+    expert_order: tuple[int, ...] | None = None,
     activation: Activation,
     use_bias: bool,
     param_dtype: jax.typing.DTypeLike,
@@ -68,6 +69,7 @@ def create_mlp_parameters(
 ) -> MLPVariables:
     """Creates the variables of `num_experts` MLPs, or of one without that axis, with their logical axes.
 
+    Each expert has the same values whatever their order.
     MLPs of different widths lie side by side, as `jmoe.moe_mlp` takes them, and are not split over a mesh.
     """
     parts = 2 if is_gated(activation) else 1
@@ -92,7 +94,7 @@ def create_mlp_parameters(
 
     def create(initializer: Initializer, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         if num_experts is not None:
-            initializer = per_expert(initializer)
+            initializer = per_expert(initializer, expert_order)
             shape, axes = (num_experts, *shape), ("expert", *axes)
         return nnx.Param(partitioned(initializer, axes)(rngs.params(), shape, param_dtype))
 
@@ -122,11 +124,13 @@ def create_shared_expert(
     return SharedExpert(mlp, gate)
 
 
-def per_expert(initializer: Initializer) -> Initializer:
-    """Initializes each expert as a matrix of its own, so that E does not count as fan-in."""
+def per_expert(initializer: Initializer, order: tuple[int, ...] | None = None) -> Initializer:
+    """Initializes each expert as a matrix of its own, so that E does not count as fan-in; in the order, if given."""
 
     def initialize(key, shape, dtype):
-        return jax.vmap(lambda key: initializer(key, shape[1:], dtype))(jax.random.split(key, shape[0]))
+        keys = jax.random.split(key, shape[0])
+        keys = keys if order is None else keys[np.array(order)]
+        return jax.vmap(lambda key: initializer(key, shape[1:], dtype))(keys)
 
     return initialize
 

@@ -239,6 +239,18 @@ def is_present(expert_index: Int[Array, "..."], num_experts: int) -> Bool[Array,
     return (expert_index >= 0) & (expert_index < num_experts)
 
 
+def checked_present(expert_index: Int[Array, "..."], num_experts: int) -> Bool[Array, "..."]:
+    """Says which assignments are present; the debug checks report indices of the others that are not -1."""
+    present = is_present(expert_index, num_experts)
+    check(
+        present | (expert_index == ABSENT),
+        "expert_index lies between {low} and {high}; it must be in [0, E), or -1 where absent",
+        low=expert_index.min(initial=0),
+        high=expert_index.max(initial=0),
+    )
+    return present
+
+
 def in_range(routing: Assignments, num_tokens: int, num_experts: int) -> Assignments:
     """Makes the assignments of token indices outside [0, T) absent; the debug checks say where there are any."""
     is_token = (routing.token_index >= 0) & (routing.token_index < num_tokens)

@@ -6,6 +6,7 @@ from jmoe.arguments import check_choice
 from jmoe.exchanges.all_to_all import AllToAll
 from jmoe.exchanges.exchange import Exchange
 from jmoe.exchanges.gather import Gather
+from jmoe.exchanges.replicas import Replication
 from jmoe.exchanges.ring import Ring
 from jmoe.local_mlp import MLPOptions
 
@@ -54,6 +55,7 @@ def make_exchange(
     num_shards: int,
     top_k: int,
     shard_bytes: int,
+    replication: Replication | None = None,
 ) -> Exchange:
     """Makes the exchange of a name.
 
@@ -65,12 +67,13 @@ def make_exchange(
         num_shards: as in `choose_exchange`; with one, nothing is exchanged whatever the name.
         top_k: as in `choose_exchange`.
         shard_bytes: as in `choose_exchange`.
+        replication: as in `Exchange`.
 
     Raises:
         ValueError: there is no such exchange.
     """
     check_exchange(name)
     if num_shards == 1:
-        return Gather((), options, num_experts)
+        return Gather((), options, num_experts, replication=replication)
     chosen = choose_exchange(num_shards, top_k, shard_bytes) if name == "auto" else name
-    return _EXCHANGES[chosen](axis_names, options, num_experts)
+    return _EXCHANGES[chosen](axis_names, options, num_experts, replication=replication)

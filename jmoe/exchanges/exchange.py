@@ -10,6 +10,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
+from jmoe.exchanges.replicas import Replication
 from jmoe.grouped_mlp import ExpertParameters
 from jmoe.local_mlp import MLPOptions
 from jmoe.routing import Assignments, Routing
@@ -34,12 +35,15 @@ class Exchange(abc.ABC):
         num_experts: how many experts the routing chooses from. More than those of the n shards where the routing's
             other assignments are absent: they belong to experts on further mesh axes.
         slack: the room in buffers, as a multiple of what random routing needs on average.
+        replication: of the experts that several shards compute, if there are any. Each shard's replicas then count as
+            further experts, after its own, whose parameters are not passed.
     """
 
     axis_names: tuple[str, ...]
     options: MLPOptions
     num_experts: int
     slack: float = 1.125
+    replication: Replication | None = None
 
     def __call__(
         self, x: Float[Array, "T D"], routing: Routing | Assignments, parameters: ExpertParameters
@@ -111,9 +115,17 @@ _apply.defvjp(_forward, _backward)
 # Compiled functions of their own, as in `moe_mlp`, so that layers of the same shapes are traced and lowered once.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward_jit(exchange, x, routing, parameters):
+    if (replication := exchange.replication) is not None:
+        parameters = replication.with_replicas(parameters, replication.device(), x.dtype)
     return exchange.forward(x, routing, parameters)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward_jit(exchange, x, routing, parameters, kept, dy):
-    return exchange.backward(x, routing, parameters, kept, dy)
+    if (replication := exchange.replication) is None:
+        return exchange.backward(x, routing, parameters, kept, dy)
+    # Brought again, as x is; the barrier is for the same reason.
+    device, dy = lax.optimization_barrier((replication.device(), dy))
+    parameters = replication.with_replicas(parameters, device, x.dtype)
+    dx, dparameters, dweight = exchange.backward(x, routing, parameters, kept, dy)
+    return dx, replication.summed(dparameters, device), dweight

@@ -15,7 +15,13 @@ from jmoe.exchanges import ExchangeName
 FEATURES, HIDDEN, EXPERTS, TOP_K = 12, 16, 8, 2
 
 
-def create(exchange: ExchangeName = "auto"):
+PLACEMENT = jmoe.ExpertPlacement(
+    stored=((7, 0, 3, 5), (6, 1, 2, 4)),
+    replicas=((jmoe.Replica(1, 0.4),), (jmoe.Replica(0, 0.5), jmoe.Replica(3, 0.2))),
+)
+
+
+def create(exchange: ExchangeName = "auto", placement: jmoe.ExpertPlacement | None = None):
     return jmoe.MoE(
         FEATURES,
         HIDDEN,
@@ -27,6 +33,7 @@ def create(exchange: ExchangeName = "auto"):
         shared_combine="sigmoid_gate",
         use_output_bias=True,
         exchange=exchange,
+        expert_placement=placement,
         rngs=nnx.Rngs(0),
     )
 
@@ -56,27 +63,30 @@ def make_mesh(shape, axis_type):
     return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(axis_type,) * len(shape))
 
 
-def check_against_one_device(shape, axis_type, exchange, relative_error, batch=8):
+def check_against_one_device(shape, axis_type, exchange, relative_error, batch=8, placement=None):
     with jax.set_mesh(make_mesh(shape, axis_type)):
-        moe = create(exchange)
+        moe = create(exchange, placement)
         assert moe.w_up[...].sharding.spec[0] == "expert"
-        actual = outputs_and_gradients(moe, *inputs(batch))
+        outputs, (dmoe, dx) = outputs_and_gradients(moe, *inputs(batch))
+    actual = outputs, (jmoe.reorder_experts(dmoe, None, previous=placement), dx)
     expected = jax.tree.leaves_with_path(on_one_device(batch))
     for (path, wanted), got in zip(expected, jax.tree.leaves(actual), strict=True):
         assert relative_error(got, wanted) < 1e-5, jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis_type", "exchange"),
+    ("shape", "axis_type", "exchange", "placement"),
     [
-        ({"data": 2, "expert": 4}, AxisType.Auto, "all_to_all"),
-        ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, AxisType.Auto, "ring"),
-        ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, AxisType.Explicit, "gather"),
+        ({"data": 2, "expert": 4}, AxisType.Auto, "all_to_all", None),
+        ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, AxisType.Auto, "ring", PLACEMENT),
+        ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, AxisType.Explicit, "gather", None),
     ],
-    ids=["data-expert-auto", "all-auto", "all-explicit"],
+    ids=["data-expert-auto", "all-auto-placed", "all-explicit"],
 )
-def test_outputs_statistics_and_gradients_equal_those_of_one_device(shape, axis_type, exchange, relative_error):
-    check_against_one_device(shape, axis_type, exchange, relative_error)
+def test_outputs_statistics_and_gradients_equal_those_of_one_device(
+    shape, axis_type, exchange, placement, relative_error
+):
+    check_against_one_device(shape, axis_type, exchange, relative_error, placement=placement)
 
 
 @pytest.mark.exhaustive
@@ -96,6 +106,15 @@ def test_outputs_statistics_and_gradients_equal_those_of_one_device(shape, axis_
 )
 def test_every_exchange_combines_with_every_way_to_shard(shape, axis_type, exchange, relative_error):
     check_against_one_device(shape, axis_type, exchange, relative_error)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("exchange", ["gather", "ring", "all_to_all"])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("batch", [3, 8])
+def test_placed_experts_combine_with_every_way_to_shard(batch, axis_type, exchange, relative_error):
+    for shape in ({"data": 2, "expert": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}):
+        check_against_one_device(shape, axis_type, exchange, relative_error, batch=batch, placement=PLACEMENT)
 
 
 @pytest.mark.exhaustive

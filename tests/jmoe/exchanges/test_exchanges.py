@@ -11,25 +11,40 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import jmoe
+from jmoe import Replica
 
 TOKENS, FEATURES, HIDDEN = 24, 8, 8  # tokens of each device
 ROUTINGS = ("uniform", "zipf", "one_expert", "empty_experts")
 EXCHANGES = ("gather", "ring", "all_to_all")
 
-# Any two of exchange, K and experts per device occur together once. (exchange, K, experts per device, devices)
+# Any two of exchange, K and experts per device occur together once, each exchange once with experts placed by load.
+# (exchange, K, experts per device, devices, the most replicas on a device; None: experts in their own order)
 SAMPLE = [
-    ("gather", 1, 1, 2),
-    ("gather", 2, 2, 4),
-    ("gather", 8, 16, 4),
-    ("ring", 1, 16, 2),
-    ("ring", 2, 1, 3),
-    ("ring", 8, 2, 4),
-    ("all_to_all", 1, 2, 2),
-    ("all_to_all", 2, 16, 4),
-    ("all_to_all", 8, 1, 8),
+    ("gather", 1, 1, 2, None),
+    ("gather", 2, 2, 4, 1),
+    ("gather", 8, 16, 4, None),
+    ("ring", 1, 16, 2, None),
+    ("ring", 2, 1, 3, 1),
+    ("ring", 8, 2, 4, None),
+    ("all_to_all", 1, 2, 2, 1),
+    ("all_to_all", 2, 16, 4, None),
+    ("all_to_all", 8, 1, 8, None),
 ]
-GRID = [(*cell, 8) for cell in itertools.product(EXCHANGES, (1, 2, 8), (1, 2, 16))]
-CELLS = [pytest.param(*c) for c in SAMPLE] + [pytest.param(*c, marks=pytest.mark.exhaustive) for c in GRID]
+GRID = [
+    (exchange, top_k, experts_per_device, 8, replicas)
+    for exchange, top_k, experts_per_device, replicas in itertools.product(
+        EXCHANGES, (1, 2, 8), (1, 2, 16), (None, 0, 2)
+    )
+]
+EXHAUSTIVE = pytest.mark.exhaustive
+CELLS = [pytest.param(*c) for c in SAMPLE] + [pytest.param(*c, marks=EXHAUSTIVE) for c in GRID]
+
+# Replicas that are sent on by one another, and one that takes all of an expert's load; device 3 has none.
+PLACEMENT = jmoe.ExpertPlacement(
+    stored=((7, 0), (5, 2), (1, 3), (6, 4)),
+    replicas=((Replica(3, 0.25),), (Replica(7, 0.5), Replica(0, 0.2)), (Replica(0, 0.2), Replica(6, 1.0)), ()),
+)
+OF_FOUR = jmoe.ExpertPlacement(((3, 0), (2, 1)), ((Replica(1, 0.3),), (Replica(3, 0.6),)))
 
 
 def expert_indices(routing, num_tokens, num_experts, top_k):
@@ -66,11 +81,14 @@ def arguments(routing, num_tokens, num_experts, top_k):
 
 
 @functools.cache
-def compiled(exchange, **options):
+def compiled(exchange, placement=None, **options):
     @jax.jit
     def run(arrays, index, dy):
         def apply(x, weight, **parameters):
-            return jmoe.moe_mlp(x, routing=jmoe.Routing(index, weight), exchange=exchange, **parameters, **options)
+            if placement is not None:
+                parameters = {name: array[np.array(placement.order)] for name, array in parameters.items()}
+            where = {"exchange": exchange, "expert_placement": placement}
+            return jmoe.moe_mlp(x, routing=jmoe.Routing(index, weight), **where, **parameters, **options)
 
         y, pull_back = jax.vjp(lambda arrays: apply(**arrays), arrays)
         return y, pull_back(dy)[0]
@@ -82,23 +100,27 @@ def expert_mesh(num_devices):
     return jax.make_mesh((num_devices,), ("expert",), (AxisType.Auto,), devices=jax.devices()[:num_devices])
 
 
-def check(exchange, mesh, routing, num_tokens, num_experts, top_k, relative_error, **options):
+def check(exchange, mesh, routing, num_tokens, num_experts, top_k, relative_error, placement=None, **options):
     problem = arguments(routing, num_tokens, num_experts, top_k)
     expected = jax.tree.leaves_with_path(compiled("auto", **options)(*problem))
     with jax.set_mesh(mesh):
-        actual = jax.tree.leaves(compiled(exchange, **options)(*problem))
+        actual = jax.tree.leaves(compiled(exchange, placement, **options)(*problem))
     for (path, wanted), got in zip(expected, actual, strict=True):
         assert np.isfinite(wanted).all()
         assert relative_error(got, wanted) < 1e-5, jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize(("exchange", "top_k", "experts_per_device", "num_devices"), CELLS)
+@pytest.mark.parametrize(("exchange", "top_k", "experts_per_device", "num_devices", "replicas"), CELLS)
 def test_outputs_and_gradients_equal_those_of_one_device(
-    exchange, top_k, experts_per_device, num_devices, routing, relative_error
+    exchange, top_k, experts_per_device, num_devices, replicas, routing, relative_error
 ):
-    num_experts = experts_per_device * num_devices
-    check(exchange, expert_mesh(num_devices), routing, TOKENS * num_devices, num_experts, top_k, relative_error)
+    num_experts, placement = experts_per_device * num_devices, None
+    if replicas is not None:  # planned for one routing, and right for all
+        load = np.bincount(expert_indices("zipf", 1000, num_experts, top_k).ravel(), minlength=num_experts)
+        placement = jmoe.plan_placement(load, num_devices, replicas=replicas)
+    sizes = TOKENS * num_devices, num_experts, top_k
+    check(exchange, expert_mesh(num_devices), routing, *sizes, relative_error, placement)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +128,7 @@ def test_outputs_and_gradients_equal_those_of_one_device(
 )
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_tokens_that_the_devices_do_not_divide_are_on_all_of_them(exchange, routing, relative_error):
-    check(exchange, expert_mesh(2), routing, 2 * TOKENS + 1, 4, 2, relative_error)
+    check(exchange, expert_mesh(2), routing, 2 * TOKENS + 1, 4, 2, relative_error, OF_FOUR)
 
 
 @pytest.mark.exhaustive
@@ -117,25 +139,30 @@ def test_tokens_that_the_devices_do_not_divide_are_on_all_of_them(exchange, rout
     [{"weight_on": "input"}, {"remat": True}, {"activation": jmoe.Gated(jnp.tanh)}],
     ids=["weight-on-input", "remat", "gate-of-the-users"],
 )
-def test_options_of_the_mlps_do_what_they_do_on_one_device(options, exchange, routing, relative_error):
-    check(exchange, expert_mesh(4), routing, 4 * TOKENS, 8, 2, relative_error, **options)
+@pytest.mark.parametrize("placement", [None, PLACEMENT], ids=["in-order", "placed"])
+def test_options_of_the_mlps_do_what_they_do_on_one_device(options, exchange, routing, placement, relative_error):
+    check(exchange, expert_mesh(4), routing, 4 * TOKENS, 8, 2, relative_error, placement, **options)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("batch_axes", ["data", ("data", "model")], ids=["one-of-two", "both"])
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_tokens_are_exchanged_along_those_expert_axes_that_they_are_on(exchange, batch_axes, routing, relative_error):
+@pytest.mark.parametrize("placement", [None, PLACEMENT], ids=["in-order", "placed"])
+def test_tokens_are_exchanged_along_those_expert_axes_that_they_are_on(
+    exchange, batch_axes, routing, placement, relative_error
+):
     mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
     compiled.cache_clear()  # the rules are no part of the key of a compiled function
     with nnx.logical_axis_rules([("batch", batch_axes), ("expert", ("model", "data"))]):
-        check(exchange, mesh, routing, 4 * TOKENS, 8, 2, relative_error)
+        check(exchange, mesh, routing, 4 * TOKENS, 8, 2, relative_error, placement)
 
 
 @pytest.mark.parametrize(
     "exchange", ["all_to_all", *(pytest.param(e, marks=pytest.mark.exhaustive) for e in ("gather", "ring"))]
 )
-def test_a_list_of_assignments_is_exchanged_too_from_explicit_axes(exchange, relative_error):
+@pytest.mark.parametrize("placement", [None, pytest.param(OF_FOUR, marks=EXHAUSTIVE)], ids=["in-order", "placed"])
+def test_a_list_of_assignments_is_exchanged_too_from_explicit_axes(exchange, placement, relative_error):
     """With a data axis beside; the pairs of devices then have rounds of their own number."""
     rng = np.random.default_rng(0)
     num_tokens, num_experts, size = 32, 4, 96
@@ -143,12 +170,15 @@ def test_a_list_of_assignments_is_exchanged_too_from_explicit_axes(exchange, rel
     expert = jnp.asarray(np.where(token < num_tokens // 2, 3, rng.integers(-1, num_experts, size)))
     arrays, _, dy = arguments("uniform", num_tokens, num_experts, 2)
 
-    @jax.jit
-    def run(arrays, weight):
+    @functools.partial(jax.jit, static_argnames="placement")
+    def run(arrays, weight, placement=None):
         def apply(arrays, weight):
             parameters = {name: array for name, array in arrays.items() if name != "weight"}
-            routing = jmoe.Assignments(token, expert, weight)
-            return jmoe.moe_mlp(routing=routing, exchange=exchange, remat=True, **parameters)
+            if placement is not None:
+                order = np.array(placement.order)
+                parameters = {name: array if name == "x" else array[order] for name, array in parameters.items()}
+            where = {"exchange": exchange, "expert_placement": placement}
+            return jmoe.moe_mlp(routing=jmoe.Assignments(token, expert, weight), remat=True, **where, **parameters)
 
         y, pull_back = jax.vjp(apply, arrays, weight)
         return y, pull_back(dy)
@@ -158,6 +188,6 @@ def test_a_list_of_assignments_is_exchanged_too_from_explicit_axes(exchange, rel
     mesh = jax.make_mesh((2, 2), ("data", "expert"), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
         tokens = jax.NamedSharding(mesh, jax.P(("data", "expert")))
-        actual = jax.tree.leaves(run(arrays | {"x": jax.device_put(arrays["x"], tokens)}, weight))
+        actual = jax.tree.leaves(run(arrays | {"x": jax.device_put(arrays["x"], tokens)}, weight, placement))
     for (path, wanted), got in zip(expected, actual, strict=True):
         assert relative_error(got, wanted) < 1e-5, jax.tree_util.keystr(path)

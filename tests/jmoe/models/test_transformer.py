@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
+import jmoe
 from jmoe.models import Transformer
 
 
@@ -167,3 +169,25 @@ def test_biases_are_not_updated_where_there_are_none_or_by_other_loads(config):
         model = nnx.eval_shape(lambda changed=changed: Transformer(changed, rngs=nnx.Rngs(0)))
         with pytest.raises(ValueError, match=message):
             model.update_biases(loads)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_experts_of_each_layer_may_be_placed_by_their_own_load(config, new_model, scan_layers):
+    """Those of layers that are scanned all in one way."""
+    config = dataclasses.replace(config, num_layers=5, scan_layers=scan_layers)
+    model = new_model(config)
+    tokens = jnp.arange(24).reshape(2, 12)
+    apply = nnx.jit(lambda model, tokens: model(tokens))
+    expected, aux = apply(model, tokens)
+
+    layers = [layer.mlp for unit in model.groups for layer in unit.layers if isinstance(layer.mlp, jmoe.MoE)]
+    loads = np.asarray(aux.expert_load) if len(layers) == 2 else [np.asarray(aux.expert_load).mean(axis=0)]
+    for layer, load in zip(layers, loads, strict=True):
+        layer.expert_placement = jmoe.plan_placement(load, 2, replicas=1)
+        nnx.update(layer, jmoe.reorder_experts(nnx.state(layer), layer.expert_placement))
+    mesh = jax.make_mesh((2,), ("expert",), (AxisType.Auto,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        logits, aux_on_mesh = apply(model, tokens)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    np.testing.assert_allclose(aux_on_mesh.expert_load, aux.expert_load, atol=1e-6)
