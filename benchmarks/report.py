@@ -14,6 +14,7 @@ from benchmarks.experts import bounds_ms, by_number_of_experts
 from benchmarks.layers import CONFIGURATIONS, EXPERT_SWEEP, ROUTINGS
 from benchmarks.plots import plot_experts, plot_generation, plot_layers, timed_with_random_routing
 from benchmarks.record import RESULTS, Record
+from benchmarks.seeds import joined_over_seeds
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = Path("images")
@@ -63,8 +64,10 @@ def make_page(contents: Sequence[Record]) -> str:
         *_each(_newest_memory(of("layer", "memory")), _memory_tables),
         prose.GROUPED_MATMUL,
         *_each(of("grouped_matmul"), _grouped_matmul_tables),
+        *([prose.BLOCK_SPARSE, *_each(of("block_sparse"), _block_sparse_tables)] if of("block_sparse") else []),
         prose.TRAIN_STEP,
         *_each(of("train_step"), _train_step_tables),
+        *([prose.ROUTING, *_each(of("routing"), _routing_tables)] if of("routing") else []),
         prose.REPRODUCE,
     ]
     return "\n".join(parts)
@@ -232,6 +235,76 @@ def _grouped_matmul_tables(content: Record) -> list[str]:
         )
     head = "", "operation", "pallas_kernels", "of cuBLAS", "of grouped_mm", "`jax.lax.ragged_dot`"
     return [_table(head, rows, 2), *_failures(ours)]
+
+
+def _block_sparse_tables(content: Record) -> list[str]:
+    cublas = {
+        (record["configuration"], record["operation"]): record
+        for record in content["records"]
+        if record["implementation"] == "jax_batched"
+    }
+    ours = [record for record in content["records"] if record["implementation"] == "pallas_kernels"]
+    rows = []
+    for record in ours:
+        names = (
+            record["configuration"],
+            ", ".join(f"{record[letter]:,}" for letter in "MKNG"),
+            record["operation"].replace("_", " "),
+        )
+        if "failure" in record:
+            rows.append((*names, *"---"))
+            continue
+        batched = cublas[record["configuration"], record["operation"]]
+        rows.append(
+            (
+                *names,
+                f"{record['tflops']:.0f}",
+                f"{batched['tflops']:.0f}" if "tflops" in batched else "",
+                f"{record['ratio']:.3f}" if "ratio" in record else "",
+            )
+        )
+    head = "", "M, K, N, E", "operation", "pallas_kernels", "cuBLAS", "of cuBLAS"
+    return [_table(head, rows, 3), *_failures(content["records"])]
+
+
+def _routing_tables(content: Record) -> list[str]:
+    on_gpu = content["hardware"].get("platform") == "gpu"
+    rows = []
+    for record in joined_over_seeds(content["records"], "validation_top_k"):
+        low, high = record["spread"]
+        rows.append(
+            (
+                record["setting"].replace("_", " "),
+                record["preset"],
+                f"{record['num_experts']}, {record['top_k']}",
+                f"{record['batch_size']} x {record['sequence_length']}",
+                f"{record['steps']:,}",
+                str(record["block_rows"]),
+                f"{1e3 * record['seconds_median']:.1f}" if on_gpu else "",
+                f"{record['dropped_fraction']:.1%}",
+                f"{record['padded_share']:.1%}",
+                f"{record['experts_per_token']:.3f}",
+                f"{record['validation']:.3f}",
+                f"{record['validation_top_k']:.3f} ({low:.3f} to {high:.3f})",
+                str(record["seeds"]),
+            )
+        )
+    head = (
+        "",
+        "model",
+        "E, K",
+        "batch",
+        "steps",
+        "block",
+        "ms",
+        "dropped",
+        "padded",
+        "experts",
+        "loss",
+        "by top-k",
+        "seeds",
+    )
+    return [_table(head, rows, 4), *_failures(content["records"])]
 
 
 def _train_step_tables(content: Record) -> list[str]:
