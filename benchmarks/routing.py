@@ -20,8 +20,6 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.record import (
     Record,
@@ -34,7 +32,7 @@ from benchmarks.record import (
     new_process,
     open_results,
 )
-from benchmarks.seeds import joined_over_seeds
+from benchmarks.seeds import routing_table
 from jmoe.capacity import expert_capacity
 from jmoe.models import PRESETS, Transformer, TransformerConfig
 from jmoe.routers import LinearRouter, route_token_rounding
@@ -206,41 +204,6 @@ def _count_rows(
     return {"experts_per_token": rows / tokens, "padded_share": padding / max(rows, 1)}
 
 
-def show(records: Sequence[Record], title: str, console: Console) -> None:
-    """Prints a table of the records: means over the seeds, with the extremes of the last column."""
-    table = Table(title=title, title_justify="left", box=None)
-    columns = (
-        "setting",
-        "steps",
-        "ms",
-        "dropped %",
-        "padded %",
-        "experts",
-        "validation",
-        "validated by top-k",
-        "seeds",
-    )
-    for name in columns:
-        table.add_column(name, justify="right" if name != "setting" else "left")
-    for record in records:
-        if "failure" in record:
-            table.add_row(record["setting"], str(record["steps"]), record["failure"][:100])
-    for record in joined_over_seeds(records, "validation_top_k"):
-        low, high = record["spread"]
-        table.add_row(
-            record["setting"],
-            str(record["steps"]),
-            f"{1e3 * record['seconds_median']:.1f}",
-            f"{100 * record['dropped_fraction']:.2f}",
-            f"{100 * record['padded_share']:.1f}",
-            f"{record['experts_per_token']:.3f}",
-            f"{record['validation']:.3f}",
-            f"{record['validation_top_k']:.3f} ({low:.3f} to {high:.3f})",
-            str(record["seeds"]),
-        )
-    console.print(table)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns 1 if a setting failed, and 0 otherwise."""
     parser = make_parser("routing", __doc__)
@@ -276,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record = {**asked, **wanted, "failure": "its process died"}
         results.replace([*(record for record in results.records if record not in there), record])
         console.print(f"{setting}, seed {seed}: {record.get('failure', 'done')}")
-    show(results.records, environment["hardware"]["device"], console)
+    console.print(routing_table(results.records, with_times=True).terminal(environment["hardware"]["device"]))
     console.print(f"Written to {results.path}")
     return int(any("failure" in record for record in results.records))
 

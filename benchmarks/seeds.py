@@ -4,6 +4,7 @@ import json
 import statistics
 from collections.abc import Sequence
 
+from benchmarks.markdown import Table
 from benchmarks.record import Record
 
 
@@ -31,3 +32,43 @@ def joined_over_seeds(records: Sequence[Record], spread_of: str) -> list[Record]
         values = [record[spread_of] for record in group]
         joined.append(group[0] | means | {"spread": (min(values), max(values)), "seeds": len(group)})
     return joined
+
+
+def routing_table(records: Sequence[Record], *, with_times: bool) -> Table:
+    """Makes a table of the records of `python -m benchmarks.routing`: means over seeds, extremes of the loss."""
+    rows = []
+    for record in joined_over_seeds(records, "validation_top_k"):
+        low, high = record["spread"]
+        rows.append(
+            (
+                record["setting"].replace("_", " "),
+                record["preset"],
+                f"{record['num_experts']}, {record['top_k']}",
+                f"{record['batch_size']} x {record['sequence_length']}",
+                f"{record['steps']:,}",
+                str(record["block_rows"]),
+                f"{1e3 * record['seconds_median']:.1f}" if with_times else "",
+                f"{record['dropped_fraction']:.1%}",
+                f"{record['padded_share']:.1%}",
+                f"{record['experts_per_token']:.3f}",
+                f"{record['validation']:.3f}",
+                f"{record['validation_top_k']:.3f} ({low:.3f} to {high:.3f})",
+                str(record["seeds"]),
+            )
+        )
+    head = (
+        "",
+        "model",
+        "E, K",
+        "batch",
+        "steps",
+        "block",
+        "ms",
+        "dropped",
+        "padded",
+        "experts",
+        "loss",
+        "by top-k",
+        "seeds",
+    )
+    return Table(head, rows, 4)

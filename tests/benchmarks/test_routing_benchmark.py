@@ -58,7 +58,7 @@ def test_resuming_repeats_failures_and_measures_what_was_asked_otherwise(tmp_pat
         if len(asked_for) == 1:
             return record | {"failure": "the first one"}
         names = "seconds_median", "dropped_fraction", "padded_share", "experts_per_token"
-        names += "validation", "validation_top_k"
+        names += "validation", "validation_top_k", "num_experts", "top_k", "batch_size", "sequence_length"
         return record | dict.fromkeys(names, 0.5)
 
     monkeypatch.setattr(routing, "measure", measure)
