@@ -63,6 +63,15 @@ batched matmuls of as many operations, through JAX or PyTorch; *of grouped_mm* t
 is from the same run; an empty cell was not measured in it.
 """
 
+BLOCK_SPARSE = """\
+## Block-sparse products
+
+The products of an expert MLP as block-sparse matrices, and their gradients, on the shapes of MegaBlocks
+([arXiv 2211.15841](https://arxiv.org/abs/2211.15841), section 6.3): M rows in equal groups on E experts, whole blocks
+of 128, with matrices [K, N]. In TFLOP/s, beside a batched matmul of as many operations on cuBLAS. The goal is 0.95 of
+it.
+"""
+
 TRAIN_STEP = """\
 ## Training steps
 
@@ -74,6 +83,16 @@ moments, and clipping.
 BESIDE_STEPS = """\
 The same model with 4 layers, batch 4 x 4096, bfloat16, in Hugging Face transformers 5.17 on PyTorch's grouped_mm,
 measured once on another machine of the kind:
+"""
+
+ROUTING = """\
+## Dropless, capacities, token rounding
+
+One model, trained from the same parameters on the same text by several ways of routing. *Dropped* is the share of the
+assignments that a capacity drops in training; *padded* is that of rows which only fill blocks of so many rows, and
+*experts* the assignments of a token that are computed, both on held-out text. *Loss* is in nats per target of that
+text, routed as in training, and *by top-k* with the same parameters in a dropless model: the mean over the seeds, and
+its extremes.
 """
 
 SCALING = """\
@@ -108,6 +127,8 @@ python -m benchmarks.generation
 python -m benchmarks.memory
 python -m benchmarks.train_step
 python -m benchmarks.train_step --only bf16 --no-scan-layers
+python -m benchmarks.block_sparse
+python -m benchmarks.routing --preset small --num-seeds 3
 python -m benchmarks.scaling
 python -m benchmarks.scaling --simulate
 python -m benchmarks.report

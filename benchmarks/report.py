@@ -17,6 +17,7 @@ from benchmarks.plots import plot_experts, plot_generation, plot_layers, timed_w
 from benchmarks.record import RESULTS, Record
 from benchmarks.scaling import tables
 from benchmarks.scaling.plots import plot_simulation
+from benchmarks.seeds import routing_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = Path("images")
@@ -66,8 +67,10 @@ def make_page(contents: Sequence[Record]) -> str:
         *_each(_newest_memory(of("layer", "memory")), _memory_tables),
         prose.GROUPED_MATMUL,
         *_each(of("grouped_matmul"), _grouped_matmul_tables),
+        *([prose.BLOCK_SPARSE, *_each(of("block_sparse"), _block_sparse_tables)] if of("block_sparse") else []),
         prose.TRAIN_STEP,
         *_each(of("train_step"), _train_step_tables),
+        *([prose.ROUTING, *_each(of("routing"), _routing_tables)] if of("routing") else []),
         *([prose.SCALING, *_each(of("scaling"), _scaling_tables)] if of("scaling") else []),
         *([prose.SIMULATION, *_each(of("simulate"), _simulation_tables)] if of("simulate") else []),
         prose.REPRODUCE,
@@ -237,6 +240,41 @@ def _grouped_matmul_tables(content: Record) -> list[str]:
         )
     head = "", "operation", "pallas_kernels", "of cuBLAS", "of grouped_mm", "`jax.lax.ragged_dot`"
     return [table(head, rows, 2), *_failures(ours)]
+
+
+def _block_sparse_tables(content: Record) -> list[str]:
+    cublas = {
+        (record["configuration"], record["operation"]): record
+        for record in content["records"]
+        if record["implementation"] == "jax_batched"
+    }
+    ours = [record for record in content["records"] if record["implementation"] == "pallas_kernels"]
+    rows = []
+    for record in ours:
+        names = (
+            record["configuration"],
+            ", ".join(f"{record[letter]:,}" for letter in "MKNG"),
+            record["operation"].replace("_", " "),
+        )
+        if "failure" in record:
+            rows.append((*names, *"---"))
+            continue
+        batched = cublas[record["configuration"], record["operation"]]
+        rows.append(
+            (
+                *names,
+                f"{record['tflops']:.0f}",
+                f"{batched['tflops']:.0f}" if "tflops" in batched else "",
+                f"{record['ratio']:.3f}" if "ratio" in record else "",
+            )
+        )
+    head = "", "M, K, N, E", "operation", "pallas_kernels", "cuBLAS", "of cuBLAS"
+    return [table(head, rows, 3), *_failures(content["records"])]
+
+
+def _routing_tables(content: Record) -> list[str]:
+    on_gpu = content["hardware"].get("platform") == "gpu"
+    return [routing_table(content["records"], with_times=on_gpu).markdown(), *_failures(content["records"])]
 
 
 def _train_step_tables(content: Record) -> list[str]:

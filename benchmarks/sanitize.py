@@ -22,25 +22,27 @@ from benchmarks.record import Record, commit, describe_environment, make_console
 from jmoe.activations import value_and_derivative
 from pallas_kernels import activation_gradient, combine, grouped_matmul, grouped_weight_gradient, top_k
 from pallas_kernels.block_sparse import BlockSparseMatrix, dds, dsd, expert_topology, sdd
-from pallas_kernels.block_sparse.mosaic_gpu import BLOCK
+from pallas_kernels.block_sparse.mosaic_gpu import BLOCKS
 from pallas_kernels.device import has_hopper_gpu
 from pallas_kernels.implementations import Implementation
 
+type Case = tuple[str, Callable[..., jax.Array], tuple[jax.Array, ...]]
+
 METHOD = """\
-Each kernel runs once on 250 rows in groups of 101, 0, 77 and 50, with NaN past the groups, or on the block-sparse
-matrix of such groups and experts of 384, 128, 128 and 256 columns, with NaN past its blocks, in one process under
-compute-sanitizer; memory comes from the driver, array by array, so that accesses outside of one are seen. Each result
-is compared with the reference implementation."""
+Each kernel runs once on 250 rows in groups of 101, 0, 77 and 50, with NaN past the groups, or on block-sparse matrices
+of such groups and experts of 384, 128, 128 and 256 columns, in blocks of 128 and of 64, with NaN past these, in one
+process under compute-sanitizer; memory comes from the driver, array by array, so that accesses outside of one are seen.
+Each result is compared with the reference implementation."""
 
 TOOLS = ("memcheck", "racecheck")
-_WIDTHS = (384, 128, 128, 256)  # of experts, whose blocks are then 3, 1, 1 and 2
+_WIDTHS = (384, 128, 128, 256)  # of experts, whose blocks are then 3, 1, 1 and 2, or twice as many
 _SIZES, _NUM_ROWS, _NUM_TOKENS = (101, 0, 77, 50), 250, 61
 _TOLERANCE = 1e-2  # of bfloat16 results
 _ERROR_STATUS = 99
 _TIMEOUT_SECONDS = 400
 
 
-def cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[jax.Array, ...]]]:
+def cases() -> Iterator[Case]:
     """Yields the name of each kernel, a function that runs it by an implementation, and its operands."""
     draw = np.random.default_rng(0)
 
@@ -92,28 +94,33 @@ def cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[jax.Array, ..
 
     yield "top_k", find, (jnp.asarray(draw.standard_normal((_NUM_TOKENS, 40)).astype(np.float32)),)
 
-    topology = expert_topology(sizes, _WIDTHS, num_rows=_NUM_ROWS)
+    for block in BLOCKS:
+        yield from _block_sparse_cases(sizes, n, block, normal)
+
+
+def _block_sparse_cases(sizes: jax.Array, n: int, block: int, normal: Callable[..., jax.Array]) -> Iterator[Case]:
+    topology = expert_topology(sizes, _WIDTHS, num_rows=_NUM_ROWS, block=block)
     rows_of_blocks, columns = topology.shape
-    values = jnp.where(topology.is_block[:, None, None], normal(topology.max_num_blocks, BLOCK, BLOCK), jnp.nan)
+    values = jnp.where(topology.is_block[:, None, None], normal(topology.max_num_blocks, block, block), jnp.nan)
 
     def to_sparse(
         lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, *, implementation: Implementation, **transposes: Any
     ) -> jax.Array:
-        topology = expert_topology(sizes, _WIDTHS, num_rows=_NUM_ROWS)
+        topology = expert_topology(sizes, _WIDTHS, num_rows=_NUM_ROWS, block=block)
         return sdd(lhs, rhs, topology, implementation=implementation, **transposes).values
 
     def of_sparse(
         values: jax.Array, dense: jax.Array, sizes: jax.Array, *, implementation: Implementation, kind: str
     ) -> jax.Array:
-        matrix = BlockSparseMatrix(values, expert_topology(sizes, _WIDTHS, num_rows=_NUM_ROWS))
+        matrix = BlockSparseMatrix(values, expert_topology(sizes, _WIDTHS, num_rows=_NUM_ROWS, block=block))
         if kind == "dds":
             return dds(dense, matrix, implementation=implementation)
         return dsd(matrix.T if kind == "dsd, transposed" else matrix, dense, implementation=implementation)
 
-    yield "sdd", to_sparse, (normal(rows_of_blocks, n), normal(n, columns), sizes)
+    yield f"sdd, blocks of {block}", to_sparse, (normal(rows_of_blocks, n), normal(n, columns), sizes)
     both = {"transpose_lhs": True, "transpose_rhs": True}
     yield (
-        "sdd, transposed",
+        f"sdd, transposed, blocks of {block}",
         functools.partial(to_sparse, **both),
         (normal(n, rows_of_blocks), normal(columns, n), sizes),
     )
@@ -123,7 +130,7 @@ def cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[jax.Array, ..
         "dds": normal(n, rows_of_blocks),
     }
     for kind, dense in dense_operands.items():
-        yield kind, functools.partial(of_sparse, kind=kind), (values, dense, sizes)
+        yield f"{kind}, blocks of {block}", functools.partial(of_sparse, kind=kind), (values, dense, sizes)
 
 
 def run_kernels() -> None:

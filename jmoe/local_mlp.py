@@ -16,7 +16,7 @@ from jmoe.routing import Assignments, Routing, in_range, is_present
 from pallas_kernels import Implementation
 
 WeightOn = Literal["output", "input"]
-MLPImplementation = Implementation | Literal["block_sparse"]
+MLPImplementation = Literal[Implementation, "block_sparse"]
 MLPOptions = block_sparse.Options | grouped_mlp.Options
 
 _MOST_UNSORTED = 32  # assignments; each is a group of its own then

@@ -62,10 +62,10 @@ def moe_mlp(
             the work on them, have room for all rows on the widest expert.
         implementation: of the grouped matmuls, as in `pallas_kernels.grouped_matmul`; or "block_sparse", which pads
             each expert's rows to blocks and multiplies block-sparse matrices as MegaBlocks does (arXiv 2211.15841,
-            section 5), by the fastest that can run here: XLA unless on Hopper, in 16 bits, D is a multiple of 64 and
-            all F are of 128. All F must be multiples of 64; weights [E, D, H] are copied to [D, E*H]. Experts with
-            `hidden_sizes` are computed so too, without a copy, and the other names are then those of
-            `pallas_kernels.block_sparse.sdd`.
+            section 5), by the fastest that can run here: XLA unless on Hopper, in 16 bits, D is a multiple of 64. All
+            F must be multiples of 64, and blocks are of 128 where all F are multiples of that; weights [E, D, H] are
+            copied to [D, E*H]. Experts with `hidden_sizes` are computed so too, without a copy, and the other names
+            are then those of `pallas_kernels.block_sparse.sdd`.
         exchange: on a mesh (`jax.set_mesh`) with an axis for the experts, how tokens get to the experts of other
             devices and back: "gather", "ring", "all_to_all" (`jmoe.exchanges`), or "auto" for what
             `jmoe.exchanges.choose_exchange` takes. All arrays are then those of all devices together. Elsewhere, and

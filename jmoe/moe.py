@@ -35,14 +35,12 @@ from jmoe.routers.router import Route, Router, call_router, router_key
 from jmoe.routers.zero_experts import split_zero_experts
 from jmoe.routing import Assignments, Routing, Score, ScoreOrder, in_range
 from jmoe.sharding import partitioned, reshard, shardable_axes, token_spec
-from pallas_kernels import Implementation
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
 
 LoadBalancing = Literal["layer", "sequence"]
 SharedCombine = Literal["sum", "weighted_sum", "sigmoid_gate"]
-_IMPLEMENTATIONS = (*get_args(Implementation), "block_sparse")
 
 
 class MoE(nnx.Module):
@@ -168,7 +166,7 @@ class MoE(nnx.Module):
         check_choice("load_balancing", load_balancing, get_args(LoadBalancing))
         check_choice("shared_combine", shared_combine, get_args(SharedCombine))
         check_choice("weight_on", weight_on, get_args(WeightOn))
-        check_choice("implementation", implementation, (None, *_IMPLEMENTATIONS))
+        check_choice("implementation", implementation, (None, *get_args(MLPImplementation)))
         if not 0 <= router_jitter < 1:
             raise ValueError(f"router_jitter is {router_jitter}; it must be from 0 (none) to less than 1.")
         if shared_combine != "sum" and not shared_hidden_features:

@@ -96,11 +96,11 @@ def make_train_step(
 
     The objective is the cross-entropy per target plus the weighted router losses, as `language_model_loss`
     gives it. The batch is cut into `accumulation_steps` parts along B; each part's loss weighs by its share
-    of the targets, so the sum of their gradients is that of the whole batch whatever is padded. Loads are those of
-    all assignments. A scan inside
-    the step, rather than `optax.MultiSteps`, keeps a step one update: the accumulator is no part of the
-    state, every checkpoint falls between two updates, and the weights by targets are known before the first
-    part. Selection biases move last, by the load of the whole batch.
+    of the targets, so the sum of their gradients is that of the whole batch whatever is padded. Loads and the
+    dropped fraction are those of all assignments. A scan inside the step, rather than `optax.MultiSteps`, keeps
+    a step one update: the accumulator is no part of the state, every checkpoint falls between two updates, and
+    the weights by targets are known before the first part. Selection biases move last, by the load of the whole
+    batch.
 
     Args:
         graph: The model without its parameters.
@@ -124,11 +124,11 @@ def make_train_step(
             "cross_entropy": aux.cross_entropy,
             "load_balancing_loss": aux.load_balancing_loss,
             "router_z_loss": aux.router_z_loss,
-            "dropped_fraction": aux.dropped_fraction,
         }
         metrics = jax.tree.map(lambda value: value * (aux.num_targets / jnp.maximum(num_targets, 1)), metrics)
         # Parts may have other shares of the assignments than of the targets.
         metrics["expert_load"] = jnp.round(aux.expert_load * aux.num_assignments[:, None])
+        metrics["dropped_fraction"] = jnp.round(aux.dropped_fraction * aux.num_assignments.sum())
         return metrics["loss"], metrics
 
     def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
@@ -152,6 +152,7 @@ def make_train_step(
         (gradients, metrics), _ = jax.lax.scan(add_part, zeros, parts)
         counts = metrics["expert_load"]  # [L, E]
         metrics["expert_load"] = counts / jnp.maximum(counts.sum(axis=1, keepdims=True), 1)
+        metrics["dropped_fraction"] /= jnp.maximum(counts.sum(), 1)
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, weights)
         weights = optax.apply_updates(weights, updates)

@@ -3,16 +3,17 @@
 import dataclasses
 from typing import Literal, NamedTuple, get_args, no_type_check
 
+from jmoe import block_sparse
 from jmoe.activations import GatedActivation, PlainActivation, is_gated
 from jmoe.exchanges import ExchangeName
+from jmoe.local_mlp import MLPImplementation
 from jmoe.routing import Score, ScoreOrder
-from pallas_kernels import Implementation
 
 DType = Literal["float32", "bfloat16", "float16"]
 QKNorm = Literal["none", "head", "full"]
 Remat = Literal["none", "dots", "full"]
 AttentionImplementation = Literal["auto", "cudnn", "xla"]
-MoEImplementation = Literal["auto"] | Implementation
+MoEImplementation = Literal["auto", MLPImplementation]
 LayerKind = Literal["dense", "moe"]
 LoadBalancing = Literal["layer", "sequence", "model"]
 
@@ -81,8 +82,8 @@ class TransformerConfig:
             from and to the stacks, and compilation takes longer with every layer.
         attention_implementation: "cudnn" (NVIDIA GPUs, bfloat16 or float16), "xla", or "auto": cuDNN where it
             can run.
-        moe_implementation: `implementation` of every MoE layer: "mosaic_gpu", "xla", "reference", or "auto"
-            for the best that can run.
+        moe_implementation: `implementation` of every MoE layer: "mosaic_gpu", "xla", "reference",
+            "block_sparse" (with an `expert_hidden_dim` that is a multiple of 64), or "auto" for the best that can run.
         moe_exchange: How tokens get to the experts of other devices on a mesh with an expert axis: "gather", "ring",
             "all_to_all", or "auto" for what the sizes suggest.
         loss_chunk_size: Tokens whose logits over the vocabulary exist at one time in the loss.
@@ -169,6 +170,8 @@ class TransformerConfig:
         for kind, name in (("moe", "expert_hidden_dim"), ("dense", "hidden_dim")):
             if kind in self.layer_kinds and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 in a model with {kind} layers, got {getattr(self, name)}")
+        if self.num_experts and self.moe_implementation == "block_sparse":
+            block_sparse.check_hidden_sizes("expert_hidden_dim", (self.expert_hidden_dim,))
 
     @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:
@@ -249,7 +252,7 @@ _CHOICES = {
     "param_dtype": get_args(DType),
     "remat": get_args(Remat),
     "attention_implementation": get_args(AttentionImplementation),
-    "moe_implementation": ("auto", *get_args(Implementation)),
+    "moe_implementation": get_args(MoEImplementation),
     "moe_exchange": get_args(ExchangeName),
 }
 _FROM_ZERO = (

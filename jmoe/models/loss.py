@@ -28,7 +28,7 @@ class LossAux:
         router_z_loss: Mean over the MoE layers.
         expert_load: Share of the assignments that each expert of each MoE layer got.
         num_assignments: Number of the assignments of each MoE layer, which the shares are of.
-        dropped_fraction: Share of the assignments that were dropped, mean over the MoE layers.
+        dropped_fraction: Share of the assignments of all MoE layers that were dropped.
     """
 
     cross_entropy: Float[Array, ""]
@@ -92,6 +92,10 @@ def _language_model_loss(
         load_balancing_loss = jnp.sum(aux.load_balancing_loss) / num_moe_layers
     router_z_loss = jnp.sum(aux.router_z_loss) / num_moe_layers
 
+    num_tokens = tokens.size if segment_ids is None else jnp.sum(segment_ids != 0)
+    num_assignments = aux.experts_per_token * num_tokens  # [L]
+    num_dropped = jnp.sum(aux.dropped_fraction * num_assignments)
+
     loss = (
         cross_entropy
         + config.load_balancing_coef * load_balancing_loss
@@ -103,6 +107,6 @@ def _language_model_loss(
         load_balancing_loss=load_balancing_loss,
         router_z_loss=router_z_loss,
         expert_load=aux.expert_load,
-        num_assignments=aux.experts_per_token * (tokens.size if segment_ids is None else jnp.sum(segment_ids != 0)),
-        dropped_fraction=jnp.sum(aux.dropped_fraction) / num_moe_layers,
+        num_assignments=num_assignments,
+        dropped_fraction=num_dropped / jnp.maximum(jnp.sum(num_assignments), 1),
     )

@@ -18,7 +18,7 @@ def route_hash(
     Args:
         token_ids: int[T], places in the vocabulary of V tokens. One outside [0, V) goes to no expert.
         table: int[V, K], of `random_hash_table` or `balanced_hash_table`, or of one's own. An expert outside [0, E)
-            is an absent assignment.
+            is an absent assignment, which `jmoe.debug_checks` refuses in the layer unless it is -1.
         mask: as in `jmoe.route_top_k`.
 
     Returns:
@@ -62,7 +62,8 @@ class HashRouter(Router):
     It has no logits, so that the layer's losses are 0.
 
     Args:
-        table: int[V, K], as in `route_hash`.
+        table: int[V, K], as in `route_hash`. The layer's number of experts E is not known here: a table that was made
+            for more leaves tokens with fewer than K experts, or none.
 
     Raises:
         ValueError: `table` is no matrix of integers.

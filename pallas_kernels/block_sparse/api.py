@@ -60,7 +60,7 @@ def sdd(
             gradient is cast to theirs, in which that of a float32 result of float16 operands overflows past 65504.
         transpose_lhs: whether `lhs` is the transpose of the operand. No copy is made of it.
         transpose_rhs: whether `rhs` is.
-        implementation: "mosaic_gpu" (Hopper GPUs; bfloat16 and float16; blocks of 128), "xla" and "reference"
+        implementation: "mosaic_gpu" (Hopper GPUs; bfloat16 and float16; blocks of 128 or 64), "xla" and "reference"
             (everywhere; the latter computes the dense product), or None for the fastest that can run here. A named one
             runs or raises.
 

@@ -5,6 +5,9 @@ shared memory for each operation than 128 by 128. A tile of `dsd` is a block row
 columns, and its steps are the blocks of that row of the sparse matrix, two for each. Either operand, either matrix and
 the result of `dsd` may be transposed, the operands by wgmma and the result on its way to memory, so that `dds` and all
 gradients are these two kernels.
+
+The two compute warpgroups take 64 rows of a tile each. Blocks of 64 have no more rows: there a tile has up to four
+blocks of a row, or a row of them, and the warpgroups take half of the columns each.
 """
 
 import dataclasses
@@ -19,9 +22,8 @@ from jaxtyping import Array, Float
 from pallas_kernels import hopper
 from pallas_kernels.block_sparse.topology import Topology
 
-BLOCK = 128
+BLOCKS = (128, 64)
 _STEP = 64  # contracted columns of a step
-_STEPS_PER_BLOCK = BLOCK // _STEP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +52,8 @@ def why_unsupported(
         dtype: of the operands.
         out_dtype: of the result.
     """
-    if topology.block != BLOCK:
-        return f"its blocks are of {topology.block}; the kernel's are of {BLOCK}."
+    if topology.block not in BLOCKS:
+        return f"its blocks are of {topology.block}; the kernel's are of {' or '.join(map(str, BLOCKS))}."
     return hopper.why_unsupported((width,), dtype, out_dtype)
 
 
@@ -109,8 +111,8 @@ def sdd(
     """Multiplies the rows and columns of the blocks of a tile, in float32."""
     del precision, accumulator_dtype  # products of 16-bit operands are exact, sums are in float32
     config = config or Config()
-    num_stages, max_blocks = config.num_stages, topology.max_num_blocks
-    block_n = topology.blocks_per_tile * BLOCK
+    num_stages, max_blocks, block = config.num_stages, topology.max_num_blocks, topology.block
+    block_n = max(topology.blocks_per_tile * block, 128)  # what is wider than the blocks of a tile is not stored
     k_steps = pl.cdiv(lhs.shape[0 if transpose_lhs else 1], _STEP)
     counts = jnp.concatenate([topology.num_tiles, topology.num_blocks[None]])
 
@@ -134,8 +136,8 @@ def sdd(
             def clear_block(i, carry):
                 number = counts[1] + hopper.own_tile(i)
                 height, width = zeros_s.shape
-                for row in range(0, BLOCK, height):
-                    for column in range(0, BLOCK, width):
+                for row in range(0, block, height):
+                    for column in range(0, block, width):
                         piece = out.at[number, pl.ds(row, height), pl.ds(column, width)]
                         plgpu.copy_smem_to_gmem(zeros_s, piece, commit_group=False)
                 plgpu.commit_smem_to_gmem_group()
@@ -144,9 +146,9 @@ def sdd(
             def load_tile(i, tile):
                 _, row, column, _ = tile
                 upcoming = tile_at(i + 1)  # long before it is needed, so that nothing waits for it
-                rows = pl.ds(pl.multiple_of(row * BLOCK, BLOCK), BLOCK)
+                rows = pl.ds(pl.multiple_of(row * block, block), block)
                 # If the tile has fewer blocks than others, what comes of the rest is not stored.
-                columns = pl.ds(pl.multiple_of(column * BLOCK, BLOCK), block_n)
+                columns = pl.ds(pl.multiple_of(column * block, block), block_n)
 
                 def load_step(k, carry):
                     step = i * k_steps + k
@@ -175,11 +177,11 @@ def sdd(
         @pl.when(warpgroup < hopper.MEMORY_WARPGROUP)
         def multiply():
             plgpu.set_max_registers(hopper.COMPUTE_REGISTERS, action="increase")
-            own_row = pl.multiple_of(warpgroup * hopper.WARPGROUP_ROWS, hopper.WARPGROUP_ROWS)
-            own_rows, buffers = pl.ds(own_row, hopper.WARPGROUP_ROWS), out_s.at[warpgroup]
+            own_shape, own_rows, own_columns = _own_part(warpgroup, block, block_n)
+            own_blocks, buffers = own_columns.start // block, out_s.at[warpgroup]
 
             def multiply_step(acc, slot):
-                _multiply(acc, a_s.at[slot], b_s.at[slot], own_rows, transpose_lhs, transpose_rhs)
+                _multiply(acc, a_s.at[slot], b_s.at[slot], own_rows, own_columns, transpose_lhs, transpose_rhs)
 
             def multiply_tile(i, carry):
                 (number, _, _, num_blocks), previous = carry
@@ -188,17 +190,23 @@ def sdd(
                     ring,
                     i * k_steps,
                     k_steps,
-                    (hopper.WARPGROUP_ROWS, block_n),
+                    own_shape,
                     multiply_step,
                     meanwhile=previous.pieces(buffers, out),
                 )
                 done = dataclasses.replace(
-                    nothing, values=acc.astype(out.dtype), matrix=number, pending=jnp.bool_(True), num_blocks=num_blocks
+                    nothing,
+                    values=acc.astype(out.dtype),
+                    matrix=number + own_blocks,
+                    pending=jnp.bool_(True),
+                    num_blocks=num_blocks - own_blocks,
                 )
                 return upcoming, done
 
-            blank = hopper.FinishedTile.nothing((hopper.WARPGROUP_ROWS, block_n), out.dtype)
-            nothing = _FinishedBlocks(blank.values, blank.matrix, own_row, blank.column, blank.pending, jnp.int32(0))
+            blank = hopper.FinishedTile.nothing(own_shape, out.dtype)
+            nothing = _FinishedBlocks(
+                blank.values, blank.matrix, jnp.int32(own_rows.start), blank.column, blank.pending, jnp.int32(0)
+            )
             _, last = lax.fori_loop(0, own_tiles, multiply_tile, (tile_at(0), nothing))
             last.store(buffers, out)
 
@@ -206,9 +214,9 @@ def sdd(
 
     run = hopper.persistent_kernel(
         sdd_kernel,
-        out_type=jax.ShapeDtypeStruct((max_blocks, BLOCK, BLOCK), out_dtype),
+        out_type=jax.ShapeDtypeStruct((max_blocks, block, block), out_dtype),
         scratch_types={
-            **_ring_of_tiles(num_stages, block_n, lhs.dtype, transpose_lhs, transpose_rhs),
+            **_ring_of_tiles(num_stages, (block, block_n), lhs.dtype, transpose_lhs, transpose_rhs),
             "out_s": _result_buffers(out_dtype, transposed=False),
             "zeros_s": plgpu.SMEM((16, hopper.swizzled_columns(out_dtype)), out_dtype),
             "full": plgpu.Barrier(num_arrivals=2, num_barriers=num_stages),
@@ -234,7 +242,8 @@ def dsd(
     del precision, accumulator_dtype  # products of 16-bit operands are exact, sums are in float32
     width = dense.shape[0 if transpose_dense else 1]
     config = config or Config(block_n=hopper.block_columns(width))
-    block_n, num_stages = config.block_n, config.num_stages
+    block_n, num_stages, block = config.block_n, config.num_stages, topology.block
+    steps_per_block = block // _STEP
     lines = topology.column_lines if transpose_sparse else topology.row_lines
     num_lines, num_panels = lines.bounds.shape[0], pl.cdiv(width, block_n)
     num_tiles = num_lines * num_panels
@@ -252,38 +261,38 @@ def dsd(
 
         def block_at(j):
             """Loads the number of a block in the order of lines, and its place along its line."""
-            block = jnp.minimum(j, blocks.shape[0] - 1)
-            return blocks[block, 0], blocks[block, 1]
+            j = jnp.minimum(j, blocks.shape[0] - 1)
+            return blocks[j, 0], blocks[j, 1]
 
         @pl.when(warpgroup == hopper.MEMORY_WARPGROUP)
         def load():
             plgpu.set_max_registers(hopper.MEMORY_REGISTERS, action="decrease")
 
             def load_tile(i, carry):
-                first_step, (_, begin, end, column), block = carry
+                first_step, (_, begin, end, column), at = carry
                 upcoming = tile_at(i + 1)  # long before it is needed, so that nothing waits for it
                 columns = pl.ds(pl.multiple_of(column, block_n), block_n)
 
-                def load_block(j, block):
-                    number, place = block
+                def load_block(j, at):
+                    number, place = at
                     # What follows the last block of this tile is the first of the next one.
                     following = block_at(jnp.where(j + 1 < end, j + 1, upcoming[1]))
-                    for half in range(_STEPS_PER_BLOCK):
-                        step = first_step + (j - begin) * _STEPS_PER_BLOCK + half
+                    for part in range(steps_per_block):
+                        step = first_step + (j - begin) * steps_per_block + part
                         ring.wait_for_room(step)
                         slot = ring.slot(step)
-                        of_block = pl.ds(half * _STEP, _STEP)
+                        of_block = pl.ds(part * _STEP, _STEP)
                         a = values.at[number, of_block] if transpose_sparse else values.at[number, :, of_block]
                         plgpu.copy_gmem_to_smem(a, a_s.at[slot], full.at[slot])
-                        contracted = pl.ds(pl.multiple_of(place * BLOCK + half * _STEP, _STEP), _STEP)
+                        contracted = pl.ds(pl.multiple_of(place * block + part * _STEP, _STEP), _STEP)
                         b = dense.at[columns, contracted] if transpose_dense else dense.at[contracted, columns]
                         plgpu.copy_gmem_to_smem(b, b_s.at[slot], full.at[slot])
                     return following
 
-                block = lax.fori_loop(begin, end, load_block, block)
+                at = lax.fori_loop(begin, end, load_block, at)
                 # A line without blocks has not looked ahead.
-                block = lax.cond(end > begin, lambda: block, lambda: block_at(upcoming[1]))
-                return first_step + (end - begin) * _STEPS_PER_BLOCK, upcoming, block
+                at = lax.cond(end > begin, lambda: at, lambda: block_at(upcoming[1]))
+                return first_step + (end - begin) * steps_per_block, upcoming, at
 
             first = tile_at(0)
             num_steps, *_ = lax.fori_loop(0, own_tiles, load_tile, (jnp.int32(0), first, block_at(first[1])))
@@ -292,41 +301,42 @@ def dsd(
         @pl.when(warpgroup < hopper.MEMORY_WARPGROUP)
         def multiply():
             plgpu.set_max_registers(hopper.COMPUTE_REGISTERS, action="increase")
-            rows_before = pl.multiple_of(warpgroup * hopper.WARPGROUP_ROWS, hopper.WARPGROUP_ROWS)
-            own_rows, buffers = pl.ds(rows_before, hopper.WARPGROUP_ROWS), out_s.at[warpgroup]
+            own_shape, own_rows, own_columns = _own_part(warpgroup, block, block_n)
+            buffers = out_s.at[warpgroup]
 
             def multiply_step(acc, slot):
-                _multiply(acc, a_s.at[slot], b_s.at[slot], own_rows, transpose_sparse, transpose_dense)
+                _multiply(acc, a_s.at[slot], b_s.at[slot], own_rows, own_columns, transpose_sparse, transpose_dense)
 
             def multiply_tile(i, carry):
                 first_step, (line, begin, end, column), previous = carry
                 upcoming = tile_at(i + 1)
-                num_steps = (end - begin) * _STEPS_PER_BLOCK
+                num_steps = (end - begin) * steps_per_block
                 acc = hopper.accumulate(
                     ring,
                     first_step,
                     num_steps,
-                    (hopper.WARPGROUP_ROWS, block_n),
+                    own_shape,
                     multiply_step,
                     meanwhile=previous.pieces(buffers, out),
                 )
-                row = line * BLOCK + rows_before
-                tile = finished(acc.astype(out.dtype), jnp.int32(0), row, column, jnp.bool_(True))
+                row, column = line * block + own_rows.start, column + own_columns.start
+                # A warpgroup's half of the last tile may lie beyond the matrix.
+                tile = finished(acc.astype(out.dtype), jnp.int32(0), row, column, column < width)
                 return first_step + num_steps, upcoming, tile
 
             finished = _FinishedTranspose if transpose_out else hopper.FinishedTile
-            nothing = finished.nothing((hopper.WARPGROUP_ROWS, block_n), out.dtype)
+            nothing = finished.nothing(own_shape, out.dtype)
             *_, last = lax.fori_loop(0, own_tiles, multiply_tile, (jnp.int32(0), tile_at(0), nothing))
             last.store(buffers, out)
             plgpu.wait_smem_to_gmem(0)
 
-    shape = (num_lines * BLOCK, width)
+    shape = (num_lines * block, width)
     shape = shape[::-1] if transpose_out else shape
     run = hopper.persistent_kernel(
         dsd_kernel,
         out_type=jax.ShapeDtypeStruct((1, *shape), out_dtype),
         scratch_types={
-            **_ring_of_tiles(num_stages, block_n, values.dtype, transpose_sparse, transpose_dense),
+            **_ring_of_tiles(num_stages, (block, block_n), values.dtype, transpose_sparse, transpose_dense),
             "out_s": _result_buffers(out_dtype, transposed=transpose_out),
             "full": plgpu.Barrier(num_arrivals=2, num_barriers=num_stages),
         },
@@ -334,17 +344,27 @@ def dsd(
     return run(values, dense, *lines).reshape(shape)
 
 
-def _multiply(acc, a_s, b_s, own_rows, transpose_a: bool, transpose_b: bool) -> None:
-    """Issues the multiplication of a warpgroup's rows of one tile with another."""
+def _own_part(warpgroup: Array, block: int, block_n: int) -> tuple[tuple[int, int], pl.Slice, pl.Slice]:
+    """Returns the shape, the rows and the columns of what a compute warpgroup has of a tile."""
+    rows = hopper.WARPGROUP_ROWS
+    if block > rows:
+        return (rows, block_n), pl.ds(pl.multiple_of(warpgroup * rows, rows), rows), pl.ds(0, block_n)
+    columns = block_n // hopper.NUM_COMPUTE_WARPGROUPS
+    return (rows, columns), pl.ds(0, rows), pl.ds(pl.multiple_of(warpgroup * columns, columns), columns)
+
+
+def _multiply(acc, a_s, b_s, own_rows: pl.Slice, own_columns: pl.Slice, transpose_a: bool, transpose_b: bool) -> None:
+    """Issues the multiplication of a warpgroup's rows of one tile with its columns of another."""
     a = a_s.at[:, own_rows].transpose((1, 0)) if transpose_a else a_s.at[own_rows]
-    plgpu.wgmma(acc, a, b_s.transpose((1, 0)) if transpose_b else b_s)
+    b = b_s.at[own_columns].transpose((1, 0)) if transpose_b else b_s.at[:, own_columns]
+    plgpu.wgmma(acc, a, b)
 
 
 def _ring_of_tiles(
-    num_stages: int, block_n: int, dtype: jax.typing.DTypeLike, transpose_a: bool, transpose_b: bool
+    num_stages: int, tile: tuple[int, int], dtype: jax.typing.DTypeLike, transpose_a: bool, transpose_b: bool
 ) -> dict:
     """Describes the shared memory of a ring of both operands' tiles, as they lie in global memory."""
-    a_tile, b_tile = (BLOCK, _STEP), (_STEP, block_n)
+    a_tile, b_tile = (tile[0], _STEP), (_STEP, tile[1])
     return {
         "a_s": hopper.operand_tile((num_stages, *(a_tile[::-1] if transpose_a else a_tile)), dtype),
         "b_s": hopper.operand_tile((num_stages, *(b_tile[::-1] if transpose_b else b_tile)), dtype),

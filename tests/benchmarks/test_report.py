@@ -170,8 +170,68 @@ def test_grouped_matmuls_and_steps_are_shown_with_what_failed(tmp_path):
     assert "- bf16: `its process died`" in page
 
 
+def test_block_sparse_products_stand_beside_cublas_batched(tmp_path):
+    def product(operation, implementation="pallas_kernels", **more):
+        shape = {"configuration": "four_experts", "M": 8192, "K": 4096, "N": 16_384, "G": 4}
+        return {**shape, "operation": operation, "implementation": implementation, **more}
+
+    page = _page(
+        tmp_path,
+        _content(
+            "block_sparse",
+            [
+                product("sdd", tflops=600.0, ratio=0.96),
+                product("sdd", "jax_batched", tflops=625.0, ratio=1.0),
+                product("dsd_lhs_gradient", tflops=500.0),
+                product("dsd_lhs_gradient", "jax_batched", failure="out of memory: asks for much"),
+                product("dsd", failure="its process died"),
+            ],
+        ),
+    )
+    section = page.partition("## Block-sparse products")[2].partition("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith("| four")] == [
+        "| four_experts | 8,192, 4,096, 16,384, 4 | sdd | 600 | 625 | 0.960 |",
+        "| four_experts | 8,192, 4,096, 16,384, 4 | dsd lhs gradient | 500 |  |  |",
+        "| four_experts | 8,192, 4,096, 16,384, 4 | dsd | - | - | - |",
+    ]
+    assert "- four_experts, dsd_lhs_gradient, jax_batched: `out of memory: asks for much`" in section
+    assert "- four_experts, dsd, pallas_kernels: `its process died`" in section
+
+
+def test_ways_of_routing_are_means_over_their_seeds(tmp_path):
+    def trained(setting, seed, loss, *, steps=300, **more):
+        asked = {"preset": "tiny", "steps": steps, "block_rows": 32}
+        model = {"num_experts": 8, "top_k": 2, "batch_size": 4, "sequence_length": 64}
+        measured = {"seconds_median": 0.0125, "dropped_fraction": 0.0, "padded_share": 0.125, "experts_per_token": 2.0}
+        losses = {"validation": loss, "validation_top_k": loss + 0.125}
+        return {"setting": setting, "seed": seed, "asked": asked, **asked, **model, **measured, **losses, **more}
+
+    records = [
+        trained("dropless", 0, 2.0),
+        trained("capacity_1.0", 0, 2.25, dropped_fraction=0.0625),
+        trained("rounding_up", 0, 2.0, failure="its process died"),
+        trained("dropless", 1, 1.0),
+        trained("dropless", 0, 1.75, steps=3000),
+    ]
+    gpu = {"device": "some GPU", "platform": "gpu"}
+    page = _page(tmp_path, _content("routing", records), _content("routing", records[:1]) | {"hardware": gpu})
+    section = page.partition("## Dropless, capacities, token rounding")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith(("| dropless", "| capacity", "| rounding"))]
+    assert [line.replace(" | tiny | 8, 2 | 4 x 64 | ", ": ") for line in lines] == [
+        "| dropless: 300 | 32 |  | 0.0% | 12.5% | 2.000 | 1.500 | 1.625 (1.125 to 2.125) | 2 |",
+        "| capacity 1.0: 300 | 32 |  | 6.2% | 12.5% | 2.000 | 2.250 | 2.375 (2.375 to 2.375) | 1 |",
+        "| dropless: 3,000 | 32 |  | 0.0% | 12.5% | 2.000 | 1.750 | 1.875 (1.875 to 1.875) | 1 |",
+        # Times of a CPU say nothing.
+        "| dropless: 300 | 32 | 12.5 | 0.0% | 12.5% | 2.000 | 2.000 | 2.125 (2.125 to 2.125) | 1 |",
+    ]
+    assert "- rounding_up: `its process died`" in section
+
+
 def test_without_results_the_page_says_so(tmp_path):
-    assert _page(tmp_path).count("No results yet.") == 4
+    page = _page(tmp_path)
+    assert page.count("No results yet.") == 4
+    assert "Block-sparse products" not in page
+    assert "token rounding" not in page
 
 
 def test_the_program_writes_the_page_and_the_images(tmp_path):

@@ -276,7 +276,7 @@ def test_a_layer_of_experts_of_different_widths_trains_on_a_mesh_of_data():
 
 
 def test_on_a_hopper_gpu_a_named_implementation_runs_all_products_and_sums_of_columns_or_raises(lower_for_cuda):
-    def lower(*hidden_sizes):
+    def lower(*hidden_sizes, features=192):
         def gradients(x, w_up, b_up, w_down, expert_index):
             def loss(x, w_up, b_up, w_down):
                 routing = jmoe.Routing(expert_index, jnp.ones(expert_index.shape))
@@ -286,13 +286,14 @@ def test_on_a_hopper_gpu_a_named_implementation_runs_all_products_and_sums_of_co
             return jax.grad(loss, (0, 1, 2, 3))(x, w_up, b_up, w_down)
 
         columns = sum(hidden_sizes)
-        shapes = (200, 192), (192, columns), (columns,), (columns, 192)
+        shapes = (200, features), (features, columns), (columns,), (columns, features)
         return lower_for_cuda(gradients, *((shape, jnp.bfloat16) for shape in shapes), ((200, 2), jnp.int32))
 
     # One for the pre-activations and one for each gradient: of them, x, w_up, b_up and w_down.
     assert lower(128, 256).count("custom_call @mosaic_gpu") == 6
-    with pytest.raises(ValueError, match="its blocks are of 64"):
-        lower(64, 256)
+    assert lower(64, 256).count("custom_call @mosaic_gpu") == 6
+    with pytest.raises(ValueError, match="a width of 96 is not a multiple of 64"):
+        lower(64, 256, features=96)
 
 
 def test_no_assignments_give_zeros(make_problem):

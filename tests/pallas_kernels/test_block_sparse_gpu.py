@@ -37,19 +37,23 @@ def transposed(array, flag):
     return array.T if flag else array
 
 
+def topology_values(topology):
+    return topology.max_num_blocks, topology.block, topology.block
+
+
 def with_nan_in_padding(values, topology):
     return jnp.where(topology.is_block[:, None, None], values, jnp.nan)
 
 
 @functools.cache
-def random_topology(rows, columns, sparsity):
-    draw = jax.jit(lambda key: BlockSparseMatrix.random(key, (rows, columns), sparsity=sparsity).topology)
-    return draw(jax.random.key(7))
+def random_topology(rows, columns, sparsity, block=128):
+    draw = functools.partial(BlockSparseMatrix.random, shape=(rows, columns), sparsity=sparsity, block=block)
+    return jax.jit(lambda key: draw(key).topology)(jax.random.key(7))
 
 
 @functools.cache
-def topology_of_experts():
-    make = jax.jit(lambda sizes: expert_topology(sizes, [384, 128, 256, 1024], num_rows=1000))
+def topology_of_experts(block=128):
+    make = jax.jit(lambda sizes: expert_topology(sizes, [384, 128, 256, 1024], num_rows=1000, block=block))
     return make(jnp.array([130, 0, 511, 300]))
 
 
@@ -61,8 +65,12 @@ def cases():
         make = functools.partial(random_topology, rows, columns, sparsity)
         for flags in FLAGS if shape == SHAPES[-1] else [FLAGS[i // 2 % 4]]:
             yield pytest.param(make, width, flags, dtype, id=f"{shape}-{flags}-{jnp.dtype(dtype).name}")
-    for flags in FLAGS:
-        yield pytest.param(topology_of_experts, 576, flags, jnp.bfloat16, id=f"experts-{flags}")
+    for block, flags in itertools.product((128, 64), FLAGS):
+        make = functools.partial(topology_of_experts, block)
+        yield pytest.param(make, 576, flags, jnp.bfloat16, id=f"experts-{flags}-{block}")
+    for flags, width in zip(FLAGS, (320, 384, 64, 1024), strict=True):
+        make = functools.partial(random_topology, 640, 832, 0.6, 64)
+        yield pytest.param(make, width, flags, jnp.float16, id=f"64-{width}-{flags}")
 
 
 CASES = pytest.mark.parametrize(("make_topology", "width", "flags", "dtype"), list(cases()))
@@ -83,7 +91,7 @@ def test_sparse_results_and_their_gradients_match_the_reference(make_topology, w
     topology = make_topology()
     lhs = transposed(normal(0, topology.shape[0], width, dtype=dtype), flags[0])
     rhs = transposed(normal(1, width, topology.shape[1], dtype=dtype), flags[1])
-    grad = normal(2, topology.max_num_blocks, 128, 128, dtype=dtype)
+    grad = normal(2, *topology_values(topology), dtype=dtype)
 
     def product_and_gradients(lhs, rhs, grad, implementation):
         def multiply(lhs, rhs):
@@ -106,7 +114,7 @@ def test_products_of_sparse_operands_and_their_gradients_match_the_reference(
     topology = make_topology()
     transpose_sparse, transpose_dense = flags
     left, right = topology.shape[::-1] if transpose_sparse else topology.shape
-    values = normal(0, topology.max_num_blocks, 128, 128, dtype=dtype)
+    values = normal(0, *topology_values(topology), dtype=dtype)
     of_dense = (right, width) if operation is dsd else (width, left)
     dense = transposed(normal(1, *of_dense, dtype=dtype), transpose_dense)
     grad = normal(2, *((left, width) if operation is dsd else (width, right)), dtype=dtype)
@@ -162,9 +170,9 @@ def test_repeated_runs_give_the_same_bits():
             np.testing.assert_array_equal(np.asarray(result).view(np.uint16), expected)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_experts_of_different_widths_run_on_the_kernels(activation, relative_error):
-    tokens, features, hidden_sizes = 999, 256, (384, 128, 256, 128)
+@pytest.mark.parametrize(("activation", "last"), [("swiglu", 128), ("gelu", 128), ("swiglu", 64)])
+def test_experts_of_different_widths_run_on_the_kernels(activation, last, relative_error):
+    tokens, features, hidden_sizes = 999, 256, (384, 128, 256, last)
     parts = 2 if activation == "swiglu" else 1
     x = normal(0, tokens, features)
     w_up = normal(1, features, parts * sum(hidden_sizes)) * features**-0.5

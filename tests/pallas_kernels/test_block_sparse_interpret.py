@@ -32,11 +32,11 @@ def expand(topology):
     return np.repeat(np.repeat(mask[:rows, :columns], topology.block, 0), topology.block, 1)
 
 
-def make_topology(name):
-    if name == "experts":  # a tile of two blocks, one of one, an expert without rows
-        return expert_topology(jnp.array([130, 0, 100]), [384, 128, 256], num_rows=256)
+def make_topology(name, block=128):
+    if name == "experts":  # a tile of two blocks of 128 (four of 64), one of one (two), an expert without rows
+        return expert_topology(jnp.array([130, 0, 100]), [384, 128, 256], num_rows=256, block=block)
     mask = np.array(MASKS[name], bool)
-    return Topology.from_mask(mask, num_blocks=int(mask.sum()) + 2)
+    return Topology.from_mask(mask, num_blocks=int(mask.sum()) + 2, block=block)
 
 
 def wide(array):
@@ -48,20 +48,22 @@ def transposed(array, flag):
 
 
 CASES = [
-    ("an empty row and an empty column", False, False, jnp.bfloat16, jnp.bfloat16),
-    ("empty", False, True, jnp.bfloat16, jnp.bfloat16),
-    ("rows of many lengths", True, False, jnp.float16, jnp.float16),
-    ("experts", False, False, jnp.bfloat16, jnp.bfloat16),
-    ("experts", True, True, jnp.bfloat16, jnp.float32),
+    ("experts", 128, True, True, jnp.bfloat16, jnp.float32),
+    ("an empty row and an empty column", 128, False, False, jnp.bfloat16, jnp.bfloat16),
+    ("rows of many lengths", 128, True, False, jnp.float16, jnp.float16),
+    ("experts", 128, False, False, jnp.bfloat16, jnp.bfloat16),
+    ("experts", 64, True, True, jnp.bfloat16, jnp.float32),
+    ("rows of many lengths", 64, False, False, jnp.bfloat16, jnp.bfloat16),
+    ("empty", 128, False, True, jnp.bfloat16, jnp.bfloat16),
 ]
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize(("name", "transpose_lhs", "transpose_rhs", "dtype", "out_dtype"), CASES)
+@pytest.mark.parametrize(("name", "block", "transpose_lhs", "transpose_rhs", "dtype", "out_dtype"), CASES)
 def test_the_kernel_of_sparse_results_matches_dense_products_and_clears_padding(
-    name, transpose_lhs, transpose_rhs, dtype, out_dtype, interpret, normal, relative_error
+    name, block, transpose_lhs, transpose_rhs, dtype, out_dtype, interpret, normal, relative_error
 ):
-    topology = make_topology(name)
+    topology = make_topology(name, block)
     rows, columns = topology.shape
     lhs, rhs = normal(rows, 192, dtype=dtype), normal(192, columns, dtype=dtype)
     run = functools.partial(
@@ -83,24 +85,26 @@ def test_the_kernel_of_sparse_results_matches_dense_products_and_clears_padding(
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(
-    ("name", "transpose_sparse", "transpose_dense", "transpose_out", "dtype", "out_dtype"),
+    ("name", "block", "transpose_sparse", "transpose_dense", "transpose_out", "dtype", "out_dtype"),
     [
-        ("an empty row and an empty column", False, False, False, jnp.bfloat16, jnp.bfloat16),
-        ("an empty row and an empty column", True, True, True, jnp.bfloat16, jnp.bfloat16),
-        ("empty", False, True, False, jnp.bfloat16, jnp.bfloat16),
-        ("rows of many lengths", True, False, False, jnp.float16, jnp.float16),
-        ("rows of many lengths", False, True, True, jnp.float16, jnp.float32),
-        ("experts", False, False, False, jnp.bfloat16, jnp.float32),
-        ("experts", True, False, True, jnp.bfloat16, jnp.bfloat16),
+        ("an empty row and an empty column", 128, False, False, False, jnp.bfloat16, jnp.bfloat16),
+        ("an empty row and an empty column", 128, True, True, True, jnp.bfloat16, jnp.bfloat16),
+        ("experts", 64, False, False, True, jnp.bfloat16, jnp.float32),
+        ("rows of many lengths", 64, True, True, False, jnp.bfloat16, jnp.bfloat16),
+        ("rows of many lengths", 128, False, True, True, jnp.float16, jnp.float32),
+        ("rows of many lengths", 128, True, False, False, jnp.float16, jnp.float16),
+        ("experts", 128, True, False, True, jnp.bfloat16, jnp.bfloat16),
+        ("experts", 128, False, False, False, jnp.bfloat16, jnp.float32),
+        ("empty", 128, False, True, False, jnp.bfloat16, jnp.bfloat16),
     ],
 )
 def test_the_kernel_of_sparse_operands_matches_dense_products_with_nan_in_padding(
-    name, transpose_sparse, transpose_dense, transpose_out, dtype, out_dtype, interpret, normal, relative_error
+    name, block, transpose_sparse, transpose_dense, transpose_out, dtype, out_dtype, interpret, normal, relative_error
 ):
-    topology = make_topology(name)
+    topology = make_topology(name, block)
     stored = BlockSparseMatrix.select(normal(*topology.shape, dtype=dtype), topology)
     sparse = wide(transposed(stored.to_dense(), transpose_sparse))
-    width = 320  # more than a tile
+    width = 320 if block == 128 else 384  # more than a tile; of 64 rows, but not of both warpgroups' halves
     dense = normal(sparse.shape[1], width, dtype=dtype)
     run = functools.partial(
         mosaic_gpu.dsd,
@@ -143,8 +147,8 @@ def test_the_interpreter_sees_a_ring_that_is_filled_before_it_is_read(interpret,
 SHAPES = [(65536, 512, 2048, 64), (32768, 768, 3072, 64), (8192, 1024, 4096, 64), (8192, 4096, 16384, 4)]
 
 
-def expert_shapes(rows, columns, experts):
-    make = functools.partial(expert_topology, hidden_sizes=[columns] * experts, num_rows=rows)
+def expert_shapes(rows, columns, experts, block):
+    make = functools.partial(expert_topology, hidden_sizes=[columns] * experts, num_rows=rows, block=block)
     return jax.eval_shape(make, jax.ShapeDtypeStruct((experts,), jnp.int32))
 
 
@@ -156,11 +160,16 @@ def lower(function, *arrays, h100):
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
-    ("shape", "flags"), [*((SHAPES[0], flags) for flags in FLAGS), *zip(SHAPES[1:], FLAGS, strict=False)], ids=str
+    ("shape", "flags", "block"),
+    [
+        *((SHAPES[0], flags, 128) for flags in FLAGS),
+        *zip(SHAPES[1:], FLAGS, (128, 64, 64), strict=False),
+    ],
+    ids=str,
 )
-def test_products_and_gradients_lower_to_the_kernels(shape, flags, h100):
+def test_products_and_gradients_lower_to_the_kernels(shape, flags, block, h100):
     num_rows, contracted, columns, experts = shape
-    topology = expert_shapes(num_rows, columns, experts)
+    topology = expert_shapes(num_rows, columns, experts, block)
     transpose_lhs, transpose_rhs = flags
     rows, all_columns = topology.shape
     dtype = jnp.bfloat16
@@ -188,7 +197,7 @@ def test_products_and_gradients_lower_to_the_kernels(shape, flags, h100):
         out, pull_back = jax.vjp(multiply, values, dense)
         return out, pull_back(out)
 
-    values = array(topology.max_num_blocks, 128, 128)
+    values = array(topology.max_num_blocks, block, block)
     for operation in (dsd, dds):
         meets = topology.shape[(operation is dsd) != transpose_lhs]
         dense = array(meets, contracted) if operation is dsd else array(contracted, meets)
@@ -201,7 +210,8 @@ def test_products_and_gradients_lower_to_the_kernels(shape, flags, h100):
 @pytest.mark.parametrize(
     ("block", "width", "dtype", "reason"),
     [
-        (64, 128, jnp.bfloat16, "its blocks are of 64"),
+        (32, 128, jnp.bfloat16, "its blocks are of 32"),
+        (64, 96, jnp.bfloat16, "a width of 96"),
         (128, 96, jnp.bfloat16, "a width of 96"),
         (128, 128, jnp.float32, "its operands are float32"),
     ],

@@ -87,6 +87,15 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch_whatever_is_padded()
         np.testing.assert_allclose(parts_metrics[name], whole_metrics[name], rtol=1e-4, err_msg=name)
 
 
+def test_the_dropped_fraction_is_that_of_all_assignments_of_the_batch():
+    # Every expert is chosen by all tokens of a part, which is one sequence, and takes four.
+    model = dataclasses.replace(MODEL, top_k=4, capacity_factor=0.5)
+    batch = _batch([0, 5, 2, 6])
+    batch |= {"mask": batch["mask"].at[0].set(False)}  # the share of the targets is another
+    _, metrics = _gradient(model, batch, accumulation_steps=4)
+    np.testing.assert_allclose(metrics["dropped_fraction"], (4 + 0 + 2 + 0) / (8 + 3 + 6 + 2), rtol=1e-6)
+
+
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_selection_biases_move_with_the_load_and_nothing_else_touches_them(scan_layers):
     layers = {"num_layers": 3, "first_dense_layers": 1, "hidden_dim": 16, "scan_layers": scan_layers}

@@ -94,6 +94,7 @@ def test_layers_that_are_not_scanned_are_groups_of_their_own(config):
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"remat": "some"}, "remat must be one of none, dots, full, got 'some'"),
         ({"moe_implementation": "triton"}, "moe_implementation must be one of auto, mosaic_gpu"),
+        ({"moe_implementation": "block_sparse"}, "expert_hidden_dim has an expert of 8 hidden features; .* of 64"),
     ],
     ids=str,
 )

@@ -78,6 +78,15 @@ def assert_close(actual, expected, tolerance):
     assert np.linalg.norm(np.asarray(actual, np.float64) - expected) <= tolerance * np.linalg.norm(expected)
 
 
+def test_the_experts_may_be_block_sparse_products(new_model, config, tokens):
+    """What they compute is tested with the layer."""
+    changes = {"num_layers": 5, "expert_hidden_dim": 64, "moe_implementation": "block_sparse"}
+    model = new_model(dataclasses.replace(config, **changes))
+    assert model.groups[1].layers[-1].mlp.implementation == "block_sparse"
+    gradient = jax.eval_shape(jax.grad(lambda model: model.hidden(tokens)[0].sum()), model)  # a scan
+    assert jax.tree.structure(gradient) == jax.tree.structure(model)
+
+
 def test_the_model_computes_the_formulas(model, forward, tokens):
     logits, aux = forward(tokens)
     assert logits.dtype == jnp.float32

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import checkify
 from jax.sharding import AxisType
 
 import jmoe
@@ -68,6 +69,23 @@ def test_the_layer_passes_token_ids_to_the_router(axis_type, relative_error):
     assert relative_error(y, expected) < 2e-6
     np.testing.assert_allclose(aux.expert_load, count / count.sum(), rtol=1e-6)
     assert aux.load_balancing_loss == aux.router_z_loss == 0
+
+
+def test_an_expert_of_the_table_that_the_layer_lacks_is_absent_and_debug_checks_refuse_it(relative_error):
+    moe = jmoe.MoE(
+        8, 10, 2, activation="relu", router=HashRouter(jnp.array([[0, 2], [5, 3], [-1, 1]])), rngs=nnx.Rngs(0)
+    )
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8)), jnp.float32)
+    apply = nnx.jit(lambda moe, x, ids: moe(x, token_ids=ids))
+    y, aux = apply(moe, x, jnp.arange(3))
+    expected = [np.maximum(x[t] @ moe.w_up[e], 0) @ moe.w_down[e] / 2 for t, e in ((0, 0), (2, 1))]
+    assert relative_error(y, [expected[0], np.zeros(8), expected[1]]) < 2e-6
+    assert aux.expert_load.tolist() == [0.5, 0.5]
+    np.testing.assert_allclose(aux.experts_per_token, 2 / 3, rtol=1e-6)
+
+    with jmoe.debug_checks():
+        error, _ = checkify.checkify(lambda ids: moe(x, token_ids=ids))(jnp.arange(3))
+    assert "expert_index" in (error.get() or "")
 
 
 def test_the_table_is_no_parameter_and_the_linen_layer_takes_it_too():
