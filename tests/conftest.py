@@ -52,15 +52,21 @@ def _has_hopper_gpu() -> bool:
     return devices[0].compute_capability == "9.0"
 
 
+def pytest_addoption(parser):
+    text = "of each test's parameter sets (of its sample, if it has one) run the first and every N-th one after it"
+    parser.addoption("--thin", type=int, default=1, metavar="N", help=text)
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Marks what samples leave out as `exhaustive`; skips tests marked `gpu` where there is no Hopper GPU."""
     seen = collections.Counter()
     for item in items:
-        if sample := item.get_closest_marker("sample"):
-            if seen[item.location[0], item.originalname] % sample.args[0]:
-                item.add_marker("exhaustive")
-            seen[item.location[0], item.originalname] += 1
+        sample = item.get_closest_marker("sample")
+        step = config.getoption("thin") * (sample.args[0] if sample else 1)
+        if seen[item.location[0], item.originalname] % step:
+            item.add_marker("exhaustive")
+        seen[item.location[0], item.originalname] += 1
     if not any(item.get_closest_marker("gpu") for item in items) or _has_hopper_gpu():
         return
     skip = pytest.mark.skip(reason="needs a Hopper GPU (compute capability 9.0)")
