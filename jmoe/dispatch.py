@@ -44,7 +44,8 @@ class Dispatch:
         """Sorts values of the assignments, [T, K] or [R], into the order of the rows."""
         if self.position.ndim == 1:
             return of_assignments[self.slot]
-        return of_assignments[self.token_index, self.slot]
+        # Clipped, since an absent row may have no token, and without the many operations that numbers below 0 take.
+        return of_assignments.at[self.token_index, self.slot].get(mode="clip", wrap_negative_indices=False)
 
     def from_rows(self, of_rows: Shaped[Array, " R"]) -> Shaped[Array, "*_"]:
         """Puts values of the rows back into the order of the assignments, with zeros for absent ones."""
@@ -87,7 +88,8 @@ def make_dispatch(routing: Routing | Assignments, num_experts: int) -> Dispatch:
         high=routing.expert_index.max(initial=0),
     )
 
-    group_sizes = count_assignments(routing.expert_index, num_experts)
+    # Without the barrier XLA would count again wherever only the sum of the sizes is used.
+    group_sizes = lax.optimization_barrier(count_assignments(routing.expert_index, num_experts))
     # As few bits as there may be: a GPU sorts 8 of them at a time.
     dtype = next(d for d in (jnp.uint8, jnp.uint16, jnp.uint32) if num_experts <= jnp.iinfo(d).max)
     expert_index = jnp.where(present, routing.expert_index, num_experts).astype(dtype)
@@ -121,7 +123,7 @@ def dispatch_unsorted(routing: Routing, num_experts: int) -> Dispatch:
     position = jnp.where(is_present(routing.expert_index, num_experts), row.reshape(shape), row.size)
     # Clipped before the cast, which could wrap around.
     expert_index = jnp.clip(routing.expert_index.ravel(), 0, num_experts - 1).astype(jnp.int32)
-    token_index, slot = jnp.divmod(row, shape[1])
+    token_index, slot = _row_and_column(row, shape[1])
     return Dispatch(token_index, slot, expert_index, position, jnp.ones_like(row), expert_index)
 
 
@@ -129,8 +131,13 @@ def _sort(keys: Integer[Array, "T K"]) -> _Sorted:
     """Sorts stably. Returns the keys in order, the row and the column of each in `keys`, and the place of each key."""
     index = jnp.arange(keys.size, dtype=jnp.int32)
     sorted_keys, order = lax.sort((keys.ravel(), index), num_keys=1, is_stable=True)
-    place = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
-    return sorted_keys.astype(jnp.int32), *jnp.divmod(order, keys.shape[1]), place.reshape(keys.shape)
+    place = (
+        lax.empty(order.shape, order.dtype)
+        .at[order]
+        .set(index, mode="promise_in_bounds", unique_indices=True, wrap_negative_indices=False)
+    )
+    row, column = _row_and_column(order, keys.shape[1])
+    return sorted_keys.astype(jnp.int32), row, column, place.reshape(keys.shape)
 
 
 def _sort_by_comparing(keys: Integer[Array, "T K"]) -> _Sorted:
@@ -143,8 +150,14 @@ def _sort_by_comparing(keys: Integer[Array, "T K"]) -> _Sorted:
     def in_order(x: Integer[Array, " R"]) -> Int32[Array, " R"]:
         return jnp.sum(jnp.where(is_here, x, 0), axis=1, dtype=jnp.int32)
 
-    row, column = jnp.divmod(index, keys.shape[1])
+    row, column = _row_and_column(index, keys.shape[1])
     return in_order(key), in_order(row), in_order(column), place.reshape(keys.shape)
+
+
+def _row_and_column(index: Int32[Array, " R"], columns: int) -> tuple[Int32[Array, " R"], Int32[Array, " R"]]:
+    """As `jnp.divmod`, for numbers from 0: with a sign there are a dozen more operations."""
+    index = index.astype(jnp.uint32)
+    return lax.div(index, jnp.uint32(columns)).astype(jnp.int32), lax.rem(index, jnp.uint32(columns)).astype(jnp.int32)
 
 
 def check_routing(routing: Routing | Assignments) -> None:

@@ -40,22 +40,22 @@ class TileSchedule:
     The row blocks of a group are cut into bands, as equal as can be, which are visited down their rows and then
     across their columns. The tiles in work at a time then share both operands in the cache, most of all where their
     rows and columns together are fewest: where a band is as high as the columns beside it are wide. The tiles after
-    `last_tile[-1]` are padding and carry zero rows.
+    `last_block[-1]` times the column blocks are padding and carry zero rows.
 
     Attributes:
         group: i32[tiles], as in `BlockSchedule`.
         start: i32[tiles], as in `BlockSchedule`.
         size: i32[tiles], as in `BlockSchedule`.
         column_block: i32[tiles], the column block of each tile.
-        last_tile: i32[groups], the number of the tile after the last one of each group. Where the rows past the last
-            group have tiles too, these are one more group.
+        last_block: i32[groups], the number of the row block after the last one of each group. Where the rows past the
+            last group have tiles too, these are one more group.
     """
 
     group: Int32[Array, " tiles"]
     start: Int32[Array, " tiles"]
     size: Int32[Array, " tiles"]
     column_block: Int32[Array, " tiles"]
-    last_tile: Int32[Array, " groups"]
+    last_block: Int32[Array, " groups"]
 
 
 def group_bounds(
@@ -69,16 +69,18 @@ def group_bounds(
     # A bound that the sizes' own dtype cannot hold would wrap around in it.
     largest = min(num_rows, jnp.iinfo(group_sizes.dtype).max)
     sizes = jnp.clip(group_sizes, 0, largest).astype(jnp.int32)
-    group = jnp.arange(sizes.size + cover_remainder, dtype=jnp.int32)
+    if cover_remainder:
+        sizes = jnp.pad(sizes, (0, 1), constant_values=num_rows)
+    group = jnp.arange(sizes.size, dtype=jnp.int32)
 
-    def clipped_sum(counts: Bool[Array, "groups G"]) -> Int32[Array, " groups"]:
-        # Integers wrap around where the sizes sum to 2^31 or more, which a float32 sum is sure to notice.
-        overflows = _masked_sum(counts, sizes.astype(jnp.float32)) > 2.0**30
-        return jnp.where(overflows, num_rows, jnp.minimum(_masked_sum(counts, sizes), num_rows))
+    def clipped_sum(counts: Bool[Array, "groups groups"]) -> Int32[Array, " groups"]:
+        total = jnp.minimum(_masked_sum(counts, sizes), num_rows)
+        if sizes.size * num_rows > jnp.iinfo(jnp.int32).max:
+            # Integers wrap around where the sizes sum to 2^31 or more, which a float32 sum is sure to notice.
+            total = jnp.where(_masked_sum(counts, sizes.astype(jnp.float32)) > 2.0**30, num_rows, total)
+        return total
 
-    start = clipped_sum(group[: sizes.size] < group[:, None])
-    end = clipped_sum(group[: sizes.size] <= group[:, None])
-    return start, jnp.where(group < sizes.size, end, num_rows)
+    return clipped_sum(group < group[:, None]), clipped_sum(group <= group[:, None])
 
 
 def _masked_sum(counts: Bool[Array, "rows G"], x: Shaped[Array, " G"]) -> Shaped[Array, " rows"]:
@@ -146,7 +148,7 @@ def make_block_schedule(
         column_blocks=1,
         band_rows=1,
     )
-    return BlockSchedule(tiles.group, tiles.start, tiles.size, tiles.last_tile[-1])
+    return BlockSchedule(tiles.group, tiles.start, tiles.size, tiles.last_block[-1])
 
 
 def make_tile_schedule(
@@ -210,5 +212,5 @@ def make_tile_schedule(
         start=block_start,
         size=jnp.minimum(block_window + block_rows, end) - block_start,
         column_block=in_band // height_here,
-        last_tile=last_block * column_blocks,
+        last_block=last_block,
     )

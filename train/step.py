@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int32, PyTree, Shaped
 
+from jmoe import MoE
 from jmoe.models import Transformer, TransformerConfig, language_model_loss
 
 Params = PyTree[Float[Array, "..."]]
@@ -58,6 +59,20 @@ def _weights_and_biases(graph: nnx.GraphDef[Transformer], params: Params) -> tup
     """Tells what the optimizer updates from what it must not touch."""
     _, weights, biases = nnx.split(nnx.merge(graph, params), nnx.Param, ...)
     return nnx.to_pure_dict(weights), nnx.to_pure_dict(biases)
+
+
+def _with_cast_experts(graph: nnx.GraphDef[Transformer], weights: Params, biases: Params) -> Params:
+    """Casts the experts' matrices, nearly all there is, to the dtype that they are multiplied in.
+
+    Once, where the layers would do it in the forward and again in the backward, each time reading master weights. Their
+    gradients are then of that dtype too, as those of all other matrices have always been.
+    """
+    model = nnx.merge(graph, weights, biases)
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, MoE):
+            for matrices in (module.w_up, module.w_down):
+                matrices.set_value(matrices[...].astype(module.dtype))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def _with_updated_biases(
@@ -120,17 +135,20 @@ def make_train_step(
         num_targets = batch["mask"].sum()
         # Every n-th sequence to a part: then each device has its share of every part already.
         parts = jax.tree.map(lambda a: a.reshape(-1, accumulation_steps, *a.shape[1:]).swapaxes(0, 1), batch)
-        differentiate = jax.grad(objective, has_aux=True)
         weights, biases = _weights_and_biases(graph, state.params)
+        operands = _with_cast_experts(graph, weights, biases)
+
+        def differentiate(part):
+            gradients, metrics = jax.grad(objective, has_aux=True)(operands, biases, part, num_targets)
+            # What XLA knows to be a kernel's result it would read twice: for its norm, and for the update.
+            gradients = jax.tree.map(lambda g: jax.lax.optimization_barrier(g) if g.ndim > 2 else g, gradients)
+            return jax.tree.map(lambda g, weight: g.astype(weight.dtype), gradients, weights), metrics
 
         def add_part(sums, part):
-            return jax.tree.map(jnp.add, sums, differentiate(weights, biases, part, num_targets)), None
+            return jax.tree.map(jnp.add, sums, differentiate(part)), None
 
-        first = jax.tree.map(lambda a: a[0], parts)
-        zeros = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, a.dtype),
-            jax.eval_shape(differentiate, weights, biases, first, num_targets),
-        )
+        shapes = jax.eval_shape(differentiate, jax.tree.map(lambda a: a[0], parts))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         (gradients, metrics), _ = jax.lax.scan(add_part, zeros, parts)
         counts = metrics["expert_load"]  # [L, E]
         metrics["expert_load"] = counts / jnp.maximum(counts.sum(axis=1, keepdims=True), 1)

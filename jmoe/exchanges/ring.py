@@ -1,5 +1,6 @@
 """The exchange in a ring: the tokens of each shard go from device to device, and their outputs after them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, override
 
@@ -9,6 +10,7 @@ from jax import lax
 
 from jmoe.exchanges.exchange import Exchange
 from jmoe.exchanges.windows import windowed_gradients, windowed_outputs
+from jmoe.rows import accumulator
 
 
 class Ring(Exchange):
@@ -44,10 +46,11 @@ class Ring(Exchange):
             return (dx, dweight), dparameters
 
         (dx, dweight), of_shards = self._around((x, dy), compute)
-        dparameters = of_shards[0]
-        for more in of_shards[1:]:
-            dparameters = jax.tree.map(jnp.add, dparameters, more)
-        return dx, dparameters, dweight
+
+        def sum_of(*parts):
+            return functools.reduce(jnp.add, map(accumulator, parts)).astype(parts[0].dtype)
+
+        return dx, jax.tree.map(sum_of, *of_shards), dweight
 
     def _around(self, travelling: Any, compute: Callable[[Any, int], tuple[Any, Any]]) -> tuple[Any, list[Any]]:
         """Calls `compute(travelling, step)` with what each shard sends, and brings the sum of its results home.

@@ -99,26 +99,26 @@ def grouped_matmul(
         Config.for_shape(num_rows, num_groups, n),
     )
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    k_steps = pl.cdiv(k, block_k)
+    k_steps, column_blocks = pl.cdiv(k, block_k), pl.cdiv(n, block_n)
     schedule = make_tile_schedule(
         group_sizes,
         num_rows=num_rows,
         block_rows=block_m,
         alignment=hopper.TMA_ROWS,
         cover_remainder=True,
-        column_blocks=pl.cdiv(n, block_n),
+        column_blocks=column_blocks,
         band_rows=config.band_rows,
     )
     matrix = schedule.group if rhs_index is None else take_rows(clip_index(rhs_index, rhs), schedule.group)
     # The four numbers of a tile lie side by side, in one sector of memory.
     tiles = jnp.stack([matrix, schedule.start, schedule.size, schedule.column_block], axis=1)
 
-    def grouped_matmul_kernel(lhs, rhs, tiles, last_tile, *refs, a_s, b_s, out_s, full, empty, arrived=None):
+    def grouped_matmul_kernel(lhs, rhs, tiles, last_block, *refs, a_s, b_s, out_s, full, empty, arrived=None):
         *index, out = refs
         rows_of = copies(lhs, index[0], arrived, config.num_stages) if index else None
         ring = make_ring(full, empty, config.num_stages, rows_of)
         warpgroup = lax.axis_index("wg")
-        own_tiles = hopper.count_own_tiles(last_tile[num_groups - 1])
+        own_tiles = hopper.count_own_tiles(last_block[num_groups - 1] * column_blocks)
 
         def tile_at(i):
             """Loads the group, the first row, the number of rows and the column block of this block's i-th tile."""
@@ -230,7 +230,8 @@ def grouped_matmul(
                 return carry
 
             # The rows past the last group come last.
-            lax.fori_loop(own_tiles, hopper.count_own_tiles(last_tile[num_groups]), clear_tile, jnp.int32(0))
+            all_own_tiles = hopper.count_own_tiles(last_block[num_groups] * column_blocks)
+            lax.fori_loop(own_tiles, all_own_tiles, clear_tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
     b_tile = (block_n, block_k) if transpose_rhs else (block_k, block_n)
@@ -248,4 +249,4 @@ def grouped_matmul(
     )
     operands = (lhs, rhs) if gathers else (hopper.pad_rows(lhs), rhs)
     index = (lhs_index,) if gathers else ()
-    return run(*operands, tiles, schedule.last_tile, *index).reshape(num_rows, n)
+    return run(*operands, tiles, schedule.last_block, *index).reshape(num_rows, n)

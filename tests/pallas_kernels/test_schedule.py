@@ -125,7 +125,7 @@ def test_tiles_are_the_blocks_times_the_columns_in_bands_of_each_group(problem):
     sizes, num_rows, options = problem
     column_blocks, band_rows = 2, 3
     blocks = plain_schedule(sizes, num_rows, **options)
-    expected, last_tile = [], []
+    expected, last_block = [], []
     for group in range(len(sizes) + bool(options.get("cover_remainder"))):
         of_group = [block for block in blocks if block[0] == group]
         num_bands = max(1, math.floor(len(of_group) / band_rows + 0.5))
@@ -133,7 +133,7 @@ def test_tiles_are_the_blocks_times_the_columns_in_bands_of_each_group(problem):
         for first in range(0, len(of_group), height):
             band = of_group[first : first + height]
             expected += [(*block, column) for column in range(column_blocks) for block in band]
-        last_tile.append(len(expected))
+        last_block.append(len(expected) // column_blocks)
 
     make = compiled(num_rows, make_tile_schedule, column_blocks=column_blocks, band_rows=band_rows, **options)
     schedule = make(jnp.array(sizes, jnp.int32))
@@ -141,7 +141,7 @@ def test_tiles_are_the_blocks_times_the_columns_in_bands_of_each_group(problem):
         (*block, column) for block, column in zip(blocks_of(schedule), schedule.column_block.tolist(), strict=True)
     ]
     assert tiles[: len(expected)] == expected
-    assert schedule.last_tile.tolist() == last_tile
+    assert schedule.last_block.tolist() == last_block
     assert not schedule.size[len(expected) :].any()
 
 

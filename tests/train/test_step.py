@@ -140,6 +140,16 @@ def test_bfloat16_compute_updates_float32_master_weights():
     assert 1e-5 < error < 0.1  # computed in bfloat16, and right
 
 
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_experts_master_weights_are_read_once_to_compute_with(accumulation_steps):
+    model = dataclasses.replace(MODEL, dtype="bfloat16")
+    state = jax.eval_shape(functools.partial(init_state, model, optax.sgd(1.0), 0))
+    program = _step(model, accumulation_steps).lower(state, _batch([0, 0, 0, 0])).as_text()
+    for matrix in "1x4x16x32x", "1x4x16x16x":  # w_up and w_down, with the layer before
+        casts = [line for line in program.splitlines() if f"(tensor<{matrix}f32>) -> tensor<{matrix}bf16>" in line]
+        assert len(casts) == 1
+
+
 def test_the_step_takes_over_the_buffers_of_the_state_and_counts_itself():
     state = init_state(MODEL, optax.sgd(1.0), 0)
     leaf = jax.tree.leaves(state.params)[0]
