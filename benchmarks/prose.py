@@ -76,6 +76,26 @@ The same model with 4 layers, batch 4 x 4096, bfloat16, in Hugging Face transfor
 measured once on another machine of the kind:
 """
 
+SCALING = """\
+## Several GPUs of one host
+
+Layers whose experts are split over all devices, with T tokens on each: TFLOP/s of each device, and *of one device*: the
+speed of each over that of one device with all experts and T tokens, timed in the same rounds. *Placement* says which
+device has which experts. *Fullest* is the load of the fullest device over the mean, and nothing is faster than its
+inverse. *Of ragged* is the speed
+over that of the same layer on `jax.lax.ragged_all_to_all`. Training steps have the same batch on each device, and *of
+one device* is their weak scaling. The deepest model is OLMoE with as many layers as can be trained.
+[Scaling](scaling.md) says how to choose a mesh and an exchange.
+"""
+
+SIMULATION = """\
+## Predictions for many GPUs
+
+What [the time model](scaling.md#predicting-a-step) makes of the results above; nothing here was measured, but for the
+sources that are named. For each number of GPUs the fastest mesh that fits into memory, with the parts of a step in ms.
+*Of one GPU* is the speed of each GPU over that of one alone, whether the model fits there or not.
+"""
+
 REPRODUCE = """\
 ## How to reproduce
 
@@ -88,6 +108,8 @@ python -m benchmarks.generation
 python -m benchmarks.memory
 python -m benchmarks.train_step
 python -m benchmarks.train_step --only bf16 --no-scan-layers
+python -m benchmarks.scaling
+python -m benchmarks.scaling --simulate
 python -m benchmarks.report
 ```
 

@@ -6,14 +6,17 @@
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import peers, prose
 from benchmarks.experts import bounds_ms, by_number_of_experts
 from benchmarks.layers import CONFIGURATIONS, EXPERT_SWEEP, ROUTINGS
+from benchmarks.markdown import table
 from benchmarks.plots import plot_experts, plot_generation, plot_layers, timed_with_random_routing
 from benchmarks.record import RESULTS, Record
+from benchmarks.scaling import tables
+from benchmarks.scaling.plots import plot_simulation
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = Path("images")
@@ -29,7 +32,7 @@ def newest(folder: Path) -> list[Record]:
     contents: dict[tuple[str, str], Record] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8")) | {"file": path.name}
-        content["program"] = content["program"].rpartition(".")[2]
+        content["program"] = re.findall(r"\w+", content["program"])[-1]
         for part in _parts(content):
             key = part["program"], part["hardware"]["device"]
             if part["records"] and (key not in contents or contents[key]["date"] < part["date"]):
@@ -65,6 +68,8 @@ def make_page(contents: Sequence[Record]) -> str:
         *_each(of("grouped_matmul"), _grouped_matmul_tables),
         prose.TRAIN_STEP,
         *_each(of("train_step"), _train_step_tables),
+        *([prose.SCALING, *_each(of("scaling"), _scaling_tables)] if of("scaling") else []),
+        *([prose.SIMULATION, *_each(of("simulate"), _simulation_tables)] if of("simulate") else []),
         prose.REPRODUCE,
     ]
     return "\n".join(parts)
@@ -111,9 +116,9 @@ def _layer_tables(content: Record) -> list[str]:
             )
         )
     head = "", "routing", "implementation", *_OPERATIONS, "of dense", "of random", "error"
-    parts = [_table(head, rows, 3), *_failures(records)]
+    parts = [table(head, rows, 3), *_failures(records)]
     if random and content["hardware"]["device"] == peers.DEVICE:
-        parts += [prose.BESIDE_LAYERS, _table(("", "jmoe", *peers.LAYERS), map(_beside_layers, random.values()), 1)]
+        parts += [prose.BESIDE_LAYERS, table(("", "jmoe", *peers.LAYERS), map(_beside_layers, random.values()), 1)]
     if random:
         parts.append(f"![TFLOP/s of each configuration as bars]({image_path(content).as_posix()})\n")
     return parts
@@ -140,7 +145,7 @@ def _expert_tables(content: Record) -> list[str]:
                 row.append(f"{record[operation]['tflops']:.0f}")
             rows.append(row)
     head = "experts", "implementation", "forward", "bound", "TFLOP/s", "both", "bound", "TFLOP/s"
-    parts = [_table(head, rows, 2), *_failures(content["records"])]
+    parts = [table(head, rows, 2), *_failures(content["records"])]
     if rows:
         parts.append(f"![Time against the number of experts]({image_path(content).as_posix()})\n")
     return parts
@@ -168,7 +173,7 @@ def _generation_tables(content: Record) -> list[str]:
         )
     head = "", "tokens", "layers", "experts", "MB", "us", "GB/s", "copy", "of copy"
     of_tokens = [record | {"configuration": f"{record['configuration']} with T {record['T']}"} for record in records]
-    parts = [_table(head, rows, 1), *_failures(of_tokens)]
+    parts = [table(head, rows, 1), *_failures(of_tokens)]
     if _is_timed(records):
         parts.append(f"![Share of the rate of a copy against the number of tokens]({image_path(content).as_posix()})\n")
     return parts
@@ -201,7 +206,7 @@ def _memory_tables(content: Record) -> list[str]:
         others = [figures.get(name) for figures in beside.values()]
         pairs = [f"{other.kept:,} / {other.peak:,}" if other else "" for other in others]
         rows.append((name, *(f"{figure:,.0f}" for figure in figures), *pairs))
-    parts = [_table(("", "kept", "peak", "with results", *beside), rows, 1)]
+    parts = [table(("", "kept", "peak", "with results", *beside), rows, 1)]
     if beside:
         parts.append("Of others: kept / peak above inputs and parameters, by PyTorch's counter.\n")
     return parts
@@ -231,7 +236,7 @@ def _grouped_matmul_tables(content: Record) -> list[str]:
             )
         )
     head = "", "operation", "pallas_kernels", "of cuBLAS", "of grouped_mm", "`jax.lax.ragged_dot`"
-    return [_table(head, rows, 2), *_failures(ours)]
+    return [table(head, rows, 2), *_failures(ours)]
 
 
 def _train_step_tables(content: Record) -> list[str]:
@@ -254,11 +259,35 @@ def _train_step_tables(content: Record) -> list[str]:
             )
         )
     head = "", "model", "layers", "remat", "batch", "tokens/s", "ms", "model TFLOP/s", "peak GiB"
-    parts = [_table(head, rows, 5), *_failures(content["records"])]
+    parts = [table(head, rows, 5), *_failures(content["records"])]
     if content["hardware"]["device"] == peers.DEVICE:
         others = [(name, f"{step.tokens_per_second:,}", f"{step.peak_gib:.1f}") for name, step in peers.STEPS.items()]
-        parts += [prose.BESIDE_STEPS, _table(("", "tokens/s", "peak GiB"), others, 1)]
+        parts += [prose.BESIDE_STEPS, table(("", "tokens/s", "peak GiB"), others, 1)]
     return parts
+
+
+def _scaling_tables(content: Record) -> list[str]:
+    settings = ", ".join(f"`{name}={value}`" for name, value in content["settings"].items())
+    parts = [f"{content['num_devices']} devices{f', with {settings}' if settings else ''}.\n"]
+    for title, shown in tables.scaling_tables(content["records"]).items():
+        parts += [f"{title}:\n", shown.markdown()]
+    if failures := tables.failures(content["records"]):
+        parts += ["Without figures:\n", "".join(f"- `{failure}`\n" for failure in failures)]
+    return parts
+
+
+def _simulation_tables(content: Record) -> list[str]:
+    parts = []
+    for what in ("sources", "assumptions"):
+        parts += [f"{what.capitalize()}:\n", "".join(f"- {line}\n" for line in content[what])]
+    for title, shown in tables.simulation_tables(content["records"]).items():
+        parts += [f"{title}:\n", shown.markdown()]
+    parts.append(f"![Speed and time of a step against the number of GPUs]({image_path(content).as_posix()})\n")
+    validation = tables.validation_table(content["records"])
+    return [
+        *parts,
+        *(["Predicted and measured:\n", validation.markdown()] if validation else [tables.NOT_VALIDATED + "\n"]),
+    ]
 
 
 def _layer_order(record: Record) -> tuple[int, bool, str, int]:
@@ -295,12 +324,6 @@ def _failures(records: Sequence[Record]) -> list[str]:
     return ["Without figures:\n", "".join(lines)] if lines else []
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
-    """A Markdown table whose first columns are aligned to the left, and the others to the right."""
-    rule = ["---"] * left + ["--:"] * (len(head) - left)
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program."""
     parser = argparse.ArgumentParser("python -m benchmarks.report", description=__doc__)
@@ -315,6 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plot_experts(content["records"], content["hardware"]["device"], options.docs / image_path(content))
         if content["program"] == "generation" and _is_timed(content["records"]):
             plot_generation(content["records"], content["hardware"]["device"], options.docs / image_path(content))
+        if content["program"] == "simulate":
+            plot_simulation(content["records"], options.docs / image_path(content))
     page = options.docs / "performance.md"
     page.write_text(make_page(contents), encoding="utf-8")
     print(f"Written to {page}")

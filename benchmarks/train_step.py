@@ -1,7 +1,7 @@
 """Measures training steps of a published model cut to a few layers: forward, backward, AdamW, on random tokens.
 
 `python -m benchmarks.train_step` takes about three minutes on one H100. Without a GPU it measures the demo's
-model on XLA: that the program works, not what a GPU does.
+model on XLA: that the program works, not what a GPU does. `benchmarks.scaling` measures the same on several GPUs.
 """
 
 import argparse
@@ -38,14 +38,16 @@ from jmoe.models.attention import attention_implementation
 from jmoe.models.config import DType, Remat
 from pallas_kernels.device import has_hopper_gpu
 from train.config import OptimizerConfig
+from train.mesh import Placement, batch_axes, parse_mesh, shardings_of
 from train.optimizer import decayed_parameters, make_optimizer, make_schedule
 from train.step import DeviceBatch, Metrics, TrainState, graph_of, init_state, make_train_step
 
 METHOD = """\
 One jitted step with donated state, train.step.make_train_step: loss with router losses, gradients, their norm,
-AdamW. Random tokens, made on the device, the same in each step; each sequence is one document. Each setting runs
-in a process of its own. seconds: medians and extremes of {steps} steps after {warm_up} untimed ones, each from the
-end of the step before to its own. A step is started while the one before runs, as the training program does.
+AdamW. Random tokens, made on the device, the same in each step and on each device of a mesh; each sequence is one
+document. Each setting runs in a process of its own. seconds: medians and extremes of {steps} steps after {warm_up}
+untimed ones, each from the end of the step before to its own. A step is started while the one before runs, as the
+training program does.
 bf16: parameters and moments in bfloat16, no clipping. program: the training program's precision and optimizer, so
 float32 master weights and moments, bfloat16 compute (float32 on a CPU), clipping by the global norm.
 peak_gib: the most memory that arrays and XLA's buffers took at a time in the process, initialisation and
@@ -63,10 +65,11 @@ class Workload:
     Attributes:
         preset: A key of `jmoe.models.PRESETS`.
         num_layers: Layers that the model is cut to.
-        batch_size: Sequences.
+        batch_size: Sequences of each device.
         sequence_length: Tokens of each.
         remat: `TransformerConfig.remat`.
         scan_layers: `TransformerConfig.scan_layers`.
+        mesh: As in `train.config.TrainConfig`; one device if empty.
     """
 
     preset: str
@@ -75,6 +78,18 @@ class Workload:
     sequence_length: int
     remat: Remat = "none"
     scan_layers: bool = True
+    mesh: str = ""
+
+    @property
+    def num_batches(self) -> int:
+        """The devices that sequences are divided over: each gets `batch_size`, and the same ones."""
+        sizes = parse_mesh(self.mesh)
+        return math.prod(sizes[axis] for axis in batch_axes(sizes))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a step, on all devices."""
+        return self.num_batches * self.batch_size * self.sequence_length
 
     def model(self, *, dtype: DType, param_dtype: DType) -> TransformerConfig:
         """The model, with its experts on the kernels wherever these can run."""
@@ -90,10 +105,14 @@ class Workload:
         )
 
     def batch(self, model: TransformerConfig, seed: int) -> DeviceBatch:
-        """Random tokens, and the next of each as its target."""
+        """Random tokens, and the next of each as its target.
+
+        Each device has the same sequences, so that losses and gradients are those of one device.
+        """
         shape = self.batch_size, self.sequence_length + 1
         tokens = jax.random.randint(jax.random.key(seed), shape, 0, model.vocab_size)
-        mask = jnp.ones((self.batch_size, self.sequence_length), bool)
+        tokens = jnp.tile(tokens, (self.num_batches, 1))
+        mask = jnp.ones((len(tokens), self.sequence_length), bool)
         return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
 
 
@@ -132,7 +151,7 @@ SETTINGS = {"bf16": bf16_setting, "program": program_setting}
 
 
 def measure(setting: str, asked: Record, *, steps: int, seed: int) -> Record:
-    """Runs some steps on this process's first device, and returns their record.
+    """Runs some steps on this process's first device or, with a mesh, on all of them, and returns their record.
 
     Args:
         setting: A key of `SETTINGS`.
@@ -152,19 +171,22 @@ def measure(setting: str, asked: Record, *, steps: int, seed: int) -> Record:
             "dtype": model.dtype,
             "param_dtype": model.param_dtype,
         }
-        state = jax.jit(lambda: init_state(model, optimizer, seed))()
-        record["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        batch = workload.batch(model, seed)
+        placement = Placement(workload.mesh)
+        with placement.active():
+            shapes = placement.shapes(lambda: init_state(model, optimizer, seed))
+            state = jax.jit(lambda: init_state(model, optimizer, seed), out_shardings=shardings_of(shapes))()
+            record["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+            batch = jax.jit(lambda: workload.batch(model, seed), out_shardings=placement.batch_sharding)()
 
-        started = time.perf_counter()
-        step = make_train_step(graph_of(model), optimizer, schedule).lower(state, batch).compile()
-        record["compile_seconds"] = time.perf_counter() - started
-        record |= {"custom_calls": custom_calls(step), "planned_gib": _planned_gib(step)}
-        record["peak_gib_before_steps"] = _peak_gib()
-        record |= _time_steps(step, state, batch, model, steps)
-        record["peak_gib"] = _peak_gib()
-        tokens = workload.batch_size * workload.sequence_length
-        record["tokens_per_second"] = tokens / record["seconds_median"]
+            started = time.perf_counter()
+            step = make_train_step(graph_of(model), optimizer, schedule, shardings=shardings_of(shapes))
+            step = step.lower(state, batch).compile()
+            record["compile_seconds"] = time.perf_counter() - started
+            record |= {"custom_calls": custom_calls(step), "planned_gib": planned_gib(step)}
+            record["peak_gib_before_steps"] = peak_gib()
+            record |= _time_steps(step, state, batch, model, steps)
+        record["peak_gib"] = peak_gib()
+        record["tokens_per_second"] = workload.num_tokens / record["seconds_median"]
         flops = model.flops_per_token(workload.sequence_length) * record["tokens_per_second"]
         record["model_tflops"] = flops / 1e12
     except Exception as failure:
@@ -197,6 +219,7 @@ def _time_steps(
         )
     timed = seconds[_WARM_UP_STEPS - 1 :]
     return {
+        "cross_entropies": losses[:3],
         "cross_entropy_first": losses[0],
         "cross_entropy_last": losses[-1],
         "cross_entropy_of_chance": chance,
@@ -206,7 +229,8 @@ def _time_steps(
     }
 
 
-def _planned_gib(step: jax.stages.Compiled) -> float | None:
+def planned_gib(step: jax.stages.Compiled) -> float | None:
+    """What XLA plans for a step on each device, state and batch included."""
     plan = step.memory_analysis()
     if plan is None:
         return None
@@ -214,9 +238,10 @@ def _planned_gib(step: jax.stages.Compiled) -> float | None:
     return (arguments_and_results + plan.temp_size_in_bytes) / 2**30
 
 
-def _peak_gib() -> float | None:
-    stats = jax.devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] / 2**30 if stats else None
+def peak_gib() -> float | None:
+    """The most that the process has had on one of its devices."""
+    peaks = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
+    return max(peaks) / 2**30 if peaks else None
 
 
 def show(records: Sequence[Record], title: str, console: Console) -> None:
@@ -264,8 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help=f"settings, separated by commas: {', '.join(SETTINGS)}")
     parser.add_argument("--preset", choices=PRESETS, help="olmoe_1b_7b on a GPU, tiny elsewhere")
     parser.add_argument("--num-layers", type=int, help="4 on a GPU, 2 elsewhere")
-    parser.add_argument("--batch-size", type=int, help="4 on a GPU, 2 elsewhere")
+    parser.add_argument("--batch-size", type=int, help="of each device: 4 on a GPU, 2 elsewhere")
     parser.add_argument("--sequence-length", type=int, help="4096 on a GPU, 128 elsewhere")
+    parser.add_argument("--mesh", help="axes and sizes of all devices, as for jmoe-train; one device if not given")
     parser.add_argument("--remat", choices=get_args(Remat), default="none", help="what the backward pass recomputes")
     parser.add_argument(
         "--scan-layers", action=argparse.BooleanOptionalAction, default=True, help="whether layers are one scanned body"

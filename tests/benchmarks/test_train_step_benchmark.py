@@ -67,3 +67,20 @@ def test_batches_pair_each_token_with_the_next():
     assert batch["tokens"].shape == batch["targets"].shape == batch["mask"].shape == (3, 8)
     assert jnp.array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
     assert int(batch["tokens"].max()) < model.vocab_size
+
+
+def test_each_device_of_a_mesh_has_the_same_sequences():
+    workload = Workload(preset="tiny", num_layers=1, batch_size=2, sequence_length=8, mesh="data=2,expert=2,tensor=2")
+    assert workload.num_tokens == 4 * 2 * 8  # devices along tensor share theirs
+    model = program_setting(workload)[0]
+    alone = dataclasses.replace(workload, mesh="").batch(model, seed=0)["tokens"]
+    assert jnp.array_equal(workload.batch(model, seed=0)["tokens"], jnp.tile(alone, (4, 1)))
+
+
+@pytest.mark.exhaustive
+def test_losses_on_a_mesh_are_those_of_one_device():
+    asked = {"preset": "tiny", "num_layers": 1, "batch_size": 1, "sequence_length": 16}
+    one = train_step.measure("program", asked, steps=1, seed=0)
+    mesh = train_step.measure("program", {**asked, "mesh": "data=2,expert=4"}, steps=1, seed=0)
+    assert mesh["cross_entropies"] == pytest.approx(one["cross_entropies"], rel=1e-4)
+    assert mesh["tokens_per_second"] == pytest.approx(8 * 16 / mesh["seconds_median"])

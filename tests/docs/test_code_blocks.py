@@ -3,7 +3,7 @@
 - `python`: the blocks of a page are run in order, in one namespace, in a process of their own with eight
   virtual CPU devices, with warnings as errors.
 - `bash`: each command is checked, not run: `_COMMANDS` says how for every command that may be there.
-- `yaml`: is a file for `jmoe-train --config`.
+- `yaml`: is a file for `jmoe-train --config`, or describes an indexed job of Kubernetes that runs `jmoe-train`.
 - `text` and `bibtex` are not code. No other block is allowed.
 """
 
@@ -17,6 +17,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from train.arguments import parse, split, with_file
 from train.cli import EvalCommand, GenerateCommand, RunOptions, TokenizerCommand, TrainCommand
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
 
 _BLOCK = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_ASSIGNMENT = re.compile(r"[A-Z_]+=")
 _LINK = re.compile(r"\[[^\]]*\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)")
 
 
@@ -88,7 +90,10 @@ def _accept(arguments):
 
 _COMMANDS = {
     "cd": _accept,
+    "else": _accept,
+    "fi": _accept,
     "git": _accept,
+    "if": _accept,
     "jmoe-train": _check_jmoe_train,
     "make": _check_make,
     "pip": _check_pip,
@@ -102,7 +107,7 @@ _COMMANDS = {
 def test_bash_blocks_hold_commands_that_exist(page):
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+            words = list(itertools.dropwhile(_ASSIGNMENT.match, shlex.split(line, comments=True)))
             if not words:
                 continue
             command = Path(words[0]).name
@@ -128,8 +133,28 @@ def test_python_blocks_run(page, environment, tmp_path):
 def test_yaml_blocks_are_configurations(tmp_path):
     file = tmp_path / "config.yaml"
     for block in itertools.chain.from_iterable(blocks(page, "yaml") for page in PAGES):
+        if "apiVersion:" in block:
+            _check_kubernetes(block)
+            continue
         file.write_text(block)
         with_file(preset("tiny"), file)
+
+
+def _check_kubernetes(manifests):
+    """Checks what JAX needs to find the processes of a job, and the commands in it."""
+    by_kind = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(manifests)}
+    service, job = by_kind["Service"], by_kind["Job"]
+    pod = job["spec"]["template"]["spec"]
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert pod["subdomain"] == service["metadata"]["name"]
+    [container] = pod["containers"]
+    commands = re.findall(r"jmoe-train ([^;]*)", " ".join(container["args"]))
+    assert commands
+    for command in commands:
+        _check_jmoe_train(shlex.split(command))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

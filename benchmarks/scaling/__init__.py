@@ -1,0 +1,1 @@
+"""Measures layers, training steps, links and memory on several GPUs, and predicts steps on more of them."""
