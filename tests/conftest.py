@@ -1,9 +1,12 @@
-"""Test set-up: run-time checks of array annotations, eight virtual CPU devices, the `gpu` marker, shared fixtures."""
+"""Test set-up: run-time checks of array annotations, eight virtual CPU devices, compiled programs that all processes
+share, the `gpu` marker, shared fixtures."""
 
 import collections
 import importlib.util
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -21,6 +24,14 @@ else:
     # Most programs here run for milliseconds: optimizing them would be most of the time. On a GPU the tests are
     # to see the programs that users run.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+    # And compiling them is most of what is left, so each is compiled once by the session's processes, which are this
+    # one (it goes first, and takes the folder away at its end), its workers, and the programs that tests start.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        _programs = tempfile.TemporaryDirectory(prefix="jmoe-tests-programs-", ignore_cleanup_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# JAX does not write its files in one go: who reads half of one is warned, and compiles the program itself.
+os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry"
 # What somebody measured on this machine is not to change what the tests see.
 os.environ["PALLAS_KERNELS_TUNING"] = os.devnull + ".none"
 
@@ -41,15 +52,21 @@ def _has_hopper_gpu() -> bool:
     return devices[0].compute_capability == "9.0"
 
 
+def pytest_addoption(parser):
+    text = "of each test's parameter sets (of its sample, if it has one) run the first and every N-th one after it"
+    parser.addoption("--thin", type=int, default=1, metavar="N", help=text)
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Marks what samples leave out as `exhaustive`; skips tests marked `gpu` where there is no Hopper GPU."""
     seen = collections.Counter()
     for item in items:
-        if sample := item.get_closest_marker("sample"):
-            if seen[item.location[0], item.originalname] % sample.args[0]:
-                item.add_marker("exhaustive")
-            seen[item.location[0], item.originalname] += 1
+        sample = item.get_closest_marker("sample")
+        step = config.getoption("thin") * (sample.args[0] if sample else 1)
+        if seen[item.location[0], item.originalname] % step:
+            item.add_marker("exhaustive")
+        seen[item.location[0], item.originalname] += 1
     if not any(item.get_closest_marker("gpu") for item in items) or _has_hopper_gpu():
         return
     skip = pytest.mark.skip(reason="needs a Hopper GPU (compute capability 9.0)")
@@ -69,6 +86,13 @@ def relative_error():
         return np.linalg.norm(actual - expected) / (norm if norm else 1)
 
     return error
+
+
+@pytest.fixture
+def environment():
+    """The environment of a program that runs on the CPU, and in which a warning is an error."""
+    warnings = {"PYTHONWARNINGS": f"error,{os.environ['PYTHONWARNINGS']}"}  # the last one that fits counts
+    return os.environ | warnings | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The programs as users run them, but on the CPU."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +10,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def run_program():
+def run_program(environment):
     """Runs `python -m benchmarks.<name> *arguments`, in which a warning is an error; returns what it printed."""
 
     def run(name, *arguments):
         program = subprocess.run(
-            [sys.executable, "-W", "error", "-m", f"benchmarks.{name}", *arguments],
+            [sys.executable, "-m", f"benchmarks.{name}", *arguments],
             cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+            env=environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
             capture_output=True,
             text=True,
             check=False,

@@ -9,7 +9,6 @@
 
 import importlib.util
 import itertools
-import os
 import re
 import shlex
 import subprocess
@@ -117,14 +116,13 @@ def test_bash_blocks_hold_commands_that_exist(page):
 
 
 @with_blocks("python")
-def test_python_blocks_run(page, tmp_path):
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+def test_python_blocks_run(page, environment, tmp_path):
     program = f"namespace = {{'__name__': '__main__'}}\nfor block in {list(blocks(page, 'python'))!r}:\n"
     program += f"    exec(compile(block, {str(page)!r}, 'exec'), namespace)\n"
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
+        [sys.executable, "-c", program],
         cwd=tmp_path,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

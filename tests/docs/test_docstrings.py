@@ -1,6 +1,5 @@
 """Runs the examples in the docstrings as a user would: without the run-time type checking of the tests."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +17,14 @@ sys.exit(any(result.failed or not result.attempted for result in results))
 
 
 @pytest.mark.parametrize("package", ["jmoe", "pallas_kernels", "train"])
-def test_examples_in_docstrings_give_what_they_say(package):
+def test_examples_in_docstrings_give_what_they_say(package, environment):
     files = [path for path in sorted((ROOT / package).rglob("*.py")) if ">>> " in path.read_text()]
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
     names = [module.removesuffix(".__init__") for module in modules]
     assert names
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAM, *names],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", PROGRAM, *names],
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

@@ -49,17 +49,14 @@ def finished(arguments, tmp_path_factory):
 
 
 @pytest.fixture
-def start(tmp_path):
+def start():
     """Starts `python -m train` with some arguments and settings of the environment; it is killed after the test."""
     processes = []
-    # The programs of a run and of its continuation are the same: each is compiled once.
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
     def start(*arguments, **settings):
         command = [sys.executable, "-m", "train", *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=environment | settings, **pipes))
+        processes.append(subprocess.Popen(command, env=os.environ | settings, **pipes))
         return processes[-1]
 
     yield start

@@ -47,6 +47,12 @@ def _step(model, accumulation_steps=1):
     return make_train_step(graph_of(model), optax.sgd(1.0), SCHEDULE, accumulation_steps)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(model, params, tokens, **options):
+    """The model's logits and statistics."""
+    return nnx.merge(graph_of(model), params)(tokens, **options)
+
+
 def _gradient(model, batch, accumulation_steps=1):
     """The gradient and the metrics of one step."""
     state = init_state(model, optax.sgd(1.0), 0)
@@ -128,7 +134,7 @@ def test_selection_biases_move_with_the_load_and_nothing_else_touches_them(scan_
     # A bias that is this large decides alone, in training and in evaluation.
     router = state.params["groups"][1]["layers"][0]["mlp"]["router"]
     router["bias"] = router["bias"] + jnp.array([0.0, 9.0, 0.0, 9.0])
-    _, aux = nnx.merge(graph_of(model), state.params)(_batch([0, 0, 0, 0])["tokens"])
+    _, aux = _apply(model, state.params, _batch([0, 0, 0, 0])["tokens"])
     np.testing.assert_array_equal(aux.expert_load[0], [0, 0.5, 0, 0.5])
 
 
@@ -166,16 +172,14 @@ def test_the_step_takes_over_the_buffers_of_the_state_and_counts_itself():
 
 def test_evaluation_sums_the_nats_of_counted_targets_over_batches():
     params = init_state(MODEL, optax.sgd(1.0), 0).params
-    graph = graph_of(MODEL)
     batches = [_batch([0, 0, 0, 0]), _batch([3, 8, 0, 1])]
     loader = grain.MapDataset.source(batches).to_iter_dataset()
-    evaluation = evaluate(make_eval_step(graph), params, loader)
+    evaluation = evaluate(make_eval_step(graph_of(MODEL)), params, loader)
     assert evaluation.num_targets == 32 + 20
     expected = 0.0
     for batch in batches:
-        logits, _ = nnx.merge(graph, params)(
-            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
-        )
+        inputs = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
+        logits, _ = _apply(MODEL, params, **inputs)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         expected += float(jnp.sum(losses, where=batch["mask"]))
     np.testing.assert_allclose(evaluation.nats, expected, rtol=1e-5)
