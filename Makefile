@@ -27,7 +27,7 @@ test: $(VENV)/installed-dev ## Run the tests, with a sample of the long series o
 test-all: $(VENV)/installed-dev ## Run all cases of all tests
 	$(VENV)/bin/python $(PYTEST) -m ''
 
-# What an older JAX breaks shows in any case of a test. A step of 5 meets all values of two and of three options.
+# A fifth of each test's cases: this looks for what an older JAX lacks, which seldom depends on the case.
 test-oldest: $(OLDEST)/installed-dev ## Run a smaller sample of the kernels' and layers' tests on the oldest supported JAX
 	$(OLDEST)/bin/python $(PYTEST) --thin 5 tests/pallas_kernels tests/jmoe
 

@@ -48,19 +48,25 @@ class Placement(NamedTuple):
 
 
 def placements(expert_load: np.ndarray, num_devices: int, auto: str) -> list[Placement]:
-    """Makes the placements that are measured. The one place that knows of them.
+    """Makes the placements that are measured: contiguous experts, and plans from the load. Only this knows of them.
 
     Args:
         expert_load: [E], the assignments of each expert.
         num_devices: n.
-        auto: The exchange that "auto" takes.
+        auto: The exchange that "auto" takes; plans are measured with it.
     """
-    del auto
     of_devices = expert_load.reshape(num_devices, -1).sum(axis=1)
     fullest = float(of_devices.max() / of_devices.mean())
-    # What only a GPU has, XLA's CPU cannot compile.
+    # XLA's CPU has no ragged_all_to_all.
     exchanges = (*EXCHANGES, RAGGED) if jax.default_backend() == "gpu" else EXCHANGES
-    return [Placement("contiguous", np.arange(len(expert_load)), fullest, exchanges)]
+    found = [Placement("contiguous", np.arange(len(expert_load)), fullest, exchanges)]
+    for replicas in (0, 1):
+        plan = jmoe.plan_placement(expert_load, num_devices, replicas=replicas)
+        name = "planned, with replicas" if plan.num_replicas else "planned"
+        if name not in [placement.name for placement in found]:
+            fullest = 1 / plan.balance(expert_load)
+            found.append(Placement(name, np.array(plan.order), fullest, (auto,), {"expert_placement": plan}))
+    return found
 
 
 @functools.cache

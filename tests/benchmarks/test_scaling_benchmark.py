@@ -83,10 +83,26 @@ def test_a_layer_is_compared_with_one_device_and_timed(exchanges, layer, monkeyp
     assert min(wrong.values()) > 0.1
 
 
-def test_contiguous_experts_are_as_uneven_as_their_loads():
-    [placement] = placements(np.array([4, 2, 1, 1]), 2, "gather")
-    assert placement.order.tolist() == [0, 1, 2, 3]
-    assert (placement.fullest, placement.exchanges) == (1.5, EXCHANGES)
+def test_plans_are_measured_beside_contiguous_experts():
+    contiguous, planned, replicated = placements(np.array([9, 2, 1, 0]), 2, "ring")
+    assert contiguous.order.tolist() == [0, 1, 2, 3]
+    assert (contiguous.fullest, contiguous.exchanges) == (pytest.approx(11 / 6), EXCHANGES)
+    assert planned.fullest == pytest.approx(9 / 6)  # the hottest expert beside the idle one
+    assert tuple(planned.order.tolist()) == planned.options["expert_placement"].order == (0, 3, 1, 2)
+    assert replicated.options["expert_placement"].num_replicas == 1
+    assert replicated.fullest < planned.fullest
+    assert planned.exchanges == replicated.exchanges == ("ring",)
+    assert [placement.name for placement in placements(np.ones(4), 2, "ring")] == ["contiguous", "planned"]
+
+
+def test_a_plan_gives_the_results_of_contiguous_experts(layer):
+    logits = logits_of("zipf")
+    load = np.bincount(np.argsort(logits, axis=1)[:, -2:].ravel(), minlength=8)
+    plan = placements(load, 8, "gather")[-1]
+    layer.compile(plan, max_rows=0)
+    operands = layer.operands(logits, plan.order)
+    errors = layer.errors(("gather", plan.name), operands, plan.order, layer.expected(logits))
+    assert max(errors.values()) < 2e-2
 
 
 @pytest.mark.parametrize("routing", ["zipf", pytest.param("random", marks=pytest.mark.exhaustive)])
