@@ -60,6 +60,11 @@ def _derivative(k, implementation, primals, tangents):
     (x,), (dx,) = primals, tangents
     largest, column = _top_k(k, implementation, x)
     of_column = np.zeros(column.shape, jax.dtypes.float0)
-    # The transpose of a look-up by comparing is a sum, that of a gather a scatter, which takes a GPU longer.
+    return (largest, column), (_look_up(dx, column), of_column)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)  # for a backward, columns are kept and not what is made of them
+def _look_up(x, column):
+    """Takes entries of each row by comparing: the transpose is a sum, where that of a gather is a scatter."""
     is_taken = column[:, :, None] == jnp.arange(x.shape[1], dtype=column.dtype)  # [M, k, N]
-    return (largest, column), (jnp.sum(jnp.where(is_taken, dx[:, None, :], 0), axis=2, dtype=dx.dtype), of_column)
+    return jnp.sum(jnp.where(is_taken, x[:, None, :], 0), axis=2, dtype=x.dtype)
