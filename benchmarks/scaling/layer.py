@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 import jmoe
+from benchmarks.jax_layers import LayerFunction, jmoe_layer
 from benchmarks.jax_matmuls import kernel_implementation
 from benchmarks.layers import CONFIGURATIONS, RESULTS, Configuration, RoutingName, draw_logits, judge
 from benchmarks.record import Record, commit, describe_failure
@@ -25,8 +26,6 @@ ONE_DEVICE = "one device"
 RAGGED = "ragged_all_to_all"
 
 _OPERATIONS = "forward", "both"
-
-type Layer = Callable[[Array, Array, Array, Array], Array]
 
 
 class Placement(NamedTuple):
@@ -75,7 +74,7 @@ def mesh_of_all() -> jax.sharding.Mesh:
     return jax.make_mesh((jax.device_count(),), ("expert",), axis_types=(AxisType.Auto,))
 
 
-def exchanged_layer(configuration: Configuration, exchange: ExchangeName, options: Mapping[str, Any]) -> Layer:
+def exchanged_layer(configuration: Configuration, exchange: ExchangeName, options: Mapping[str, Any]) -> LayerFunction:
     """This project's layer, of the tokens and experts of all devices, with more options of `jmoe.moe_mlp`."""
 
     def layer(x: Array, w_up: Array, w_down: Array, logits: Array) -> Array:
@@ -99,19 +98,7 @@ def exchanged_layer(configuration: Configuration, exchange: ExchangeName, option
     return layer
 
 
-def one_device_layer(configuration: Configuration) -> Layer:
-    """The same on one device."""
-
-    def layer(x: Array, w_up: Array, w_down: Array, logits: Array) -> Array:
-        routing = jmoe.route_top_k(logits, configuration.K)
-        return jmoe.moe_mlp(
-            x, w_up, w_down, routing, activation=configuration.activation, implementation=kernel_implementation()
-        )
-
-    return layer
-
-
-def sharded_ragged_layer(configuration: Configuration, max_rows: int, **options: Any) -> Layer:
+def sharded_ragged_layer(configuration: Configuration, max_rows: int, **options: Any) -> LayerFunction:
     """`ragged_layer` of the tokens and experts of all devices."""
     spec = PartitionSpec("expert")
     return jax.shard_map(
@@ -151,7 +138,7 @@ class ScaledLayer:
         self._operands = jax.jit(draw, out_shardings=self._split)(jnp.int32(seed))
         self._whole = [jax.device_put(self._operands.pop(name), self._one) for name in ("w_up", "w_down")]
         self._compiling: dict[tuple[str, str], dict[str, Future[jax.stages.Compiled]]] = {}
-        self._compile({(ONE_DEVICE, ""): one_device_layer(configuration)})
+        self._compile({(ONE_DEVICE, ""): jmoe_layer(configuration)})
 
     def compile(self, placement: Placement, *, max_rows: int) -> None:
         """Compiles forward, and forward with backward, with each exchange of a placement.
@@ -223,13 +210,13 @@ class ScaledLayer:
         T = self.configuration.T
         return jax.device_put(array[share * T : (share + 1) * T], self._one)
 
-    def _compile(self, layers: Mapping[tuple[str, str], Layer]) -> None:
+    def _compile(self, layers: Mapping[tuple[str, str], LayerFunction]) -> None:
         with ThreadPoolExecutor(8) as pool:
             for key, layer in layers.items():
                 programs = {name: functools.partial(self._program, layer, name, key) for name in _OPERATIONS}
                 self._compiling[key] = {name: pool.submit(program) for name, program in programs.items()}
 
-    def _program(self, layer: Layer, operation: str, key: tuple[str, str]) -> jax.stages.Compiled:
+    def _program(self, layer: LayerFunction, operation: str, key: tuple[str, str]) -> jax.stages.Compiled:
         c, split = self.configuration, key[0] != ONE_DEVICE
         sharding = self._split if split else jax.sharding.SingleDeviceSharding(self._one)
         num_tokens = c.T * (self.num_devices if split else 1)
