@@ -235,7 +235,8 @@ def kept_bytes(layer: LayerFunction, operands: Sequence[jax.ShapeDtypeStruct]) -
     jaxpr = jax.make_jaxpr(residuals)(*operands).jaxpr
     # By identity: a residual of an operand's shape is not the operand.
     kept = {id(var): var for var in jaxpr.outvars if var not in jaxpr.invars and not hasattr(var, "val")}
-    return sum(var.aval.size * var.aval.dtype.itemsize for var in kept.values())  # pyright: ignore[reportAttributeAccessIssue]
+    shapes: list[Any] = [var.aval for var in kept.values()]
+    return sum(shape.size * shape.dtype.itemsize for shape in shapes)
 
 
 def _operand_shapes(configuration: Configuration) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -26,9 +26,7 @@ from jmoe import moe
 from jmoe.routers import Route, Router
 
 
-def MoE(  # noqa: N802 (it stands for a class)
-    *arguments: Any, router: Router | Route | None = None, name: str | None = None, **options: Any
-) -> nn.Module:
+def MoE(*arguments: Any, router: Router | Route | None = None, name: str | None = None, **options: Any) -> nn.Module:
     """Makes the Linen module; the arguments are those of `jmoe.MoE` but `rngs`.
 
     A router that is a module is copied, so `init` gives the values that its variables have. Variables other than

@@ -36,9 +36,6 @@ from jmoe.routers.zero_experts import split_zero_experts
 from jmoe.routing import Assignments, Routing, Score, ScoreOrder, in_range
 from jmoe.sharding import partitioned, reshard, shardable_axes, token_spec
 
-_KERNEL_INIT = nnx.initializers.lecun_normal()
-_BIAS_INIT = nnx.initializers.zeros_init()
-
 LoadBalancing = Literal["layer", "sequence"]
 SharedCombine = Literal["sum", "weighted_sum", "sigmoid_gate"]
 
@@ -144,8 +141,8 @@ class MoE(nnx.Module):
         remat: bool = False,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        kernel_init: Initializer = _KERNEL_INIT,
-        bias_init: Initializer = _BIAS_INIT,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
+        bias_init: Initializer = nnx.initializers.zeros_init(),
         implementation: MLPImplementation | None = None,
         exchange: ExchangeName = "auto",
         expert_placement: ExpertPlacement | None = None,

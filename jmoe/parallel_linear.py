@@ -20,9 +20,6 @@ from jmoe.rows import accumulator, accumulator_dtype, of_expert, take_rows, weig
 from jmoe.sharding import partitioned
 from pallas_kernels import Implementation, grouped_matmul, grouped_weight_gradient
 
-_KERNEL_INIT = nnx.initializers.lecun_normal()
-_BIAS_INIT = nnx.initializers.zeros_init()
-
 _Order = Literal["tokens", "assignments", "rows"]  # what an array has a row for
 
 
@@ -329,8 +326,8 @@ class ParallelLinear(nnx.Module):
         axes: tuple[str | None, str | None] = ("embed", "expert_hidden"),
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        kernel_init: Initializer = _KERNEL_INIT,
-        bias_init: Initializer = _BIAS_INIT,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
+        bias_init: Initializer = nnx.initializers.zeros_init(),
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):

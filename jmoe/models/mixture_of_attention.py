@@ -29,9 +29,6 @@ from jmoe.routing import route_top_k
 from jmoe.sharding import as_axes, partitioned, reshard, shardable_axes, token_spec
 from pallas_kernels import Implementation
 
-_KERNEL_INIT = nnx.initializers.lecun_normal()
-_BIAS_INIT = nnx.initializers.zeros_init()
-
 
 class _Inputs(NamedTuple):
     """What the layer is applied to."""
@@ -103,8 +100,8 @@ class MixtureOfAttention(nnx.Module):
         use_bias: bool = False,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        kernel_init: Initializer = _KERNEL_INIT,
-        bias_init: Initializer = _BIAS_INIT,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
+        bias_init: Initializer = nnx.initializers.zeros_init(),
         attention_implementation: AttentionImplementation = "auto",
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,

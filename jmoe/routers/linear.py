@@ -122,7 +122,7 @@ class LinearRouter(LogitsRouter):
         route: Route,
         *,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        kernel_init: Initializer = nnx.initializers.lecun_normal(),  # noqa: B008 (a pure function)
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
         rngs: nnx.Rngs,
         **options: Any,
     ):

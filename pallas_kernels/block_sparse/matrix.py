@@ -138,7 +138,7 @@ class BlockSparseMatrix:
         return self.topology.block
 
     @property
-    def T(self) -> "BlockSparseMatrix":  # noqa: N802
+    def T(self) -> "BlockSparseMatrix":
         """The transpose, which is the same arrays: kernels read blocks transposed, in the transposed order."""
         return dataclasses.replace(self, is_transposed=not self.is_transposed)
 

@@ -313,9 +313,10 @@ def test_what_does_not_fit_is_said(make_problem, without_annotation_checks):
         jmoe.moe_mlp(x, w_up, w_down.T, routing, hidden_sizes=(64, 128))
     with pytest.raises(ValueError, match="needs a Hopper GPU"):
         jmoe.moe_mlp(x, w_up, w_down, routing, hidden_sizes=(64, 128), implementation="mosaic_gpu")
-    for sizes in (64, (64.0, 128.0)):
+    no_sizes: Any = (64, (64.0, 128.0))
+    for sizes in no_sizes:
         with pytest.raises(ValueError, match=r"hidden_sizes is .*64.*; it must be a sequence of static integers"):
-            jmoe.moe_mlp(x, w_up, w_down, routing, hidden_sizes=sizes)  # type: ignore[arg-type]
+            jmoe.moe_mlp(x, w_up, w_down, routing, hidden_sizes=sizes)
     with pytest.raises(ValueError, match="hidden_features has 2 widths; it must have one for each of the 3"):
         jmoe.MoE(12, [64, 128], 3, 1, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="hidden_sizes is empty"):

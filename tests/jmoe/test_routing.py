@@ -126,8 +126,11 @@ def test_gradients_of_the_weights_match_finite_differences(score):
 
 def test_gradients_of_sqrt_softplus_stay_finite_and_right_at_extreme_logits():
     logits = jnp.array([[-500.0, -39.0, -41.0, 0.0, 90.0]])
-    weights = lambda z: jmoe.route_top_k(z, 5, score="sqrt_softplus", normalize=False).weight  # noqa: E731
-    gradient = jax.grad(lambda z: jnp.sum(weights(z)))(logits)
+
+    def sum_of_weights(z):
+        return jnp.sum(jmoe.route_top_k(z, 5, score="sqrt_softplus", normalize=False).weight)
+
+    gradient = jax.grad(sum_of_weights)(logits)
     z = np.asarray(logits, np.float64)
     with np.errstate(over="ignore"):
         expected = 1 / (1 + np.exp(-z)) / (2 * np.sqrt(np.log1p(np.exp(z))))

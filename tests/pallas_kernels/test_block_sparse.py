@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -232,12 +233,14 @@ def test_what_does_not_fit_is_said(without_annotation_checks):
         dsd(matrix, jnp.ones((8, 3)))
     with pytest.raises(ValueError, match=r"dense is \[3, 12\] .* and sparse \(8, 12\)"):
         dds(jnp.ones((3, 12)), matrix)
+    dense_first: Any = jnp.ones((8, 12)), matrix
+    mask: Any = np.ones((2, 3), bool)
     with pytest.raises(ValueError, match="sparse is a ArrayImpl; it must be a BlockSparseMatrix"):
-        dsd(jnp.ones((8, 12)), matrix)  # type: ignore[arg-type]
+        dsd(*dense_first)
     with pytest.raises(ValueError, match="sparse is a ArrayImpl; it must be a BlockSparseMatrix"):
-        dds(matrix, jnp.ones((12, 8)))  # type: ignore[arg-type]
+        dds(*reversed(dense_first))
     with pytest.raises(ValueError, match="topology is a ndarray; it must be a Topology"):
-        sdd(jnp.ones((8, 5)), jnp.ones((5, 12)), np.ones((2, 3), bool))  # type: ignore[arg-type]
+        sdd(jnp.ones((8, 5)), jnp.ones((5, 12)), mask)
     with pytest.raises(ValueError, match="needs a Hopper GPU"):
         dsd(matrix, jnp.ones((12, 64)), implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="preferred_element_type is int32"):

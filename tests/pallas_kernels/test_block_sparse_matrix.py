@@ -1,6 +1,7 @@
 """Topologies and block-sparse matrices: their metadata, conversions and reductions, against NumPy."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -186,8 +187,9 @@ def test_what_cannot_be_is_said(without_annotation_checks):
         Topology.from_indices(index, index[:2], (12, 20), block=4)
     with pytest.raises(ValueError, match=r"shape is \(12, 21\)"):
         Topology.from_indices(index, index, (12, 21), block=4)
+    no_sequence: Any = 64
     with pytest.raises(ValueError, match="hidden_sizes is 64; it must be a sequence of static integers"):
-        expert_topology(jnp.array([1, 2]), 64, num_rows=3)  # type: ignore[arg-type]
+        expert_topology(jnp.array([1, 2]), no_sequence, num_rows=3)
     with pytest.raises(ValueError, match="block is 0"):
         Topology.from_mask(MASK, block=0)
     with pytest.raises(ValueError, match=r"must be a matrix of blocks of 4"):
