@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jmoe.dispatch import check_routing, make_dispatch
 from jmoe.losses import AxisName
@@ -108,7 +108,7 @@ def limit_to_capacity[R: Routing | Assignments](
 
 
 def _has_place_in_token_order(
-    index: Int[Array, "T K"],
+    index: Integer[Array, "T K"],
     num_experts: int,
     capacity: int,
     batch_shape: tuple[int, ...],
@@ -129,7 +129,9 @@ def _has_place_in_token_order(
     return has_place.reshape(math.prod(batch_shape), index.shape[-1])
 
 
-def _has_place(index: Int[Array, "T K"], num_experts: int, capacity: int, axis_name: AxisName) -> Bool[Array, "T K"]:
+def _has_place(
+    index: Integer[Array, "T K"], num_experts: int, capacity: int, axis_name: AxisName
+) -> Bool[Array, "T K"]:
     """Says which assignments are present and have a place in the queue of their expert that is below the capacity."""
     present = is_present(index, num_experts)
     top_k = index.shape[1]

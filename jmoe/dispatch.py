@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32, Integer, Shaped
 
-from jmoe.routing import Assignments, Routing, checked_present, count_assignments, is_present
+from jmoe.routing import Assignments, Routing, checked_present, count_assignments, is_present, widened
 
 # On an H100 comparing so many is still 30 us faster than XLA's sort; more were not measured.
 _MOST_ASSIGNMENTS_COMPARED = 4096
@@ -79,6 +79,7 @@ def make_dispatch(routing: Routing | Assignments, num_experts: int) -> Dispatch:
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}; it must be at least 1.")
     check_routing(routing)
+    routing = widened(routing)
     present = checked_present(routing.expert_index, num_experts)
     # Without the barrier XLA would count again wherever only the sum of the sizes is used.
     group_sizes = lax.optimization_barrier(count_assignments(routing.expert_index, num_experts))
@@ -114,7 +115,7 @@ def dispatch_unsorted(routing: Routing, num_experts: int) -> Dispatch:
     row = jnp.arange(routing.expert_index.size, dtype=jnp.int32)
     position = jnp.where(is_present(routing.expert_index, num_experts), row.reshape(shape), row.size)
     # Clipped before the cast, which could wrap around.
-    expert_index = jnp.clip(routing.expert_index.ravel(), 0, num_experts - 1).astype(jnp.int32)
+    expert_index = jnp.clip(widened(routing).expert_index.ravel(), 0, num_experts - 1).astype(jnp.int32)
     token_index, slot = _row_and_column(row, shape[1])
     return Dispatch(token_index, slot, expert_index, position, jnp.ones_like(row), expert_index)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
-from jmoe.routing import Assignments, Routing, count_assignments, is_present
+from jmoe.routing import Assignments, Routing, count_assignments, is_present, widened
 
 AxisName = str | tuple[str, ...]
 
@@ -109,6 +109,7 @@ def _count_by_sequence(
     routing: Routing | Assignments, num_sequences: int, length: int, num_experts: int
 ) -> Int32[Array, "sequences E"]:
     """Counts each sequence's assignments of each expert."""
+    routing = widened(routing)
     expert_index = routing.expert_index
     if isinstance(routing, Assignments):
         token_index = routing.token_index

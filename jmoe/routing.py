@@ -6,7 +6,7 @@ from typing import Literal, Self, get_args, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from jmoe.debug import check
 from pallas_kernels import top_k
@@ -30,7 +30,7 @@ class Routing:
         weight: float[T, K], what each expert's output (or input) is multiplied with.
     """
 
-    expert_index: Int[Array, "T K"]
+    expert_index: Integer[Array, "T K"]
     weight: Float[Array, "T K"]
 
     def masked(self, mask: Bool[Array, " T"]) -> Self:
@@ -56,13 +56,14 @@ class Assignments:
         weight: float[R], what the expert's output (or input) is multiplied with.
     """
 
-    token_index: Int[Array, " R"]
-    expert_index: Int[Array, " R"]
+    token_index: Integer[Array, " R"]
+    expert_index: Integer[Array, " R"]
     weight: Float[Array, " R"]
 
     def masked(self, mask: Bool[Array, " T"]) -> Self:
         """Makes the assignments of the tokens where `mask` is false absent, with weight 0."""
-        in_range = (self.token_index >= 0) & (self.token_index < mask.size)
+        token_index = _wide(self.token_index)
+        in_range = (token_index >= 0) & (token_index < mask.size)
         return self.where(in_range & mask.at[self.token_index].get(mode="clip"))
 
     def where(self, present: Bool[Array, " R"]) -> Self:
@@ -73,7 +74,7 @@ class Assignments:
 def _where[R: (Routing, Assignments)](routing: R, present: Array) -> R:
     return dataclasses.replace(
         routing,
-        expert_index=jnp.where(present, routing.expert_index, ABSENT),
+        expert_index=jnp.where(present, _wide(routing.expert_index), ABSENT),
         weight=jnp.where(present, routing.weight, 0),
     )
 
@@ -234,13 +235,27 @@ def _softmax_derivative(primals, tangents):
     return weight, weight * (dx - jnp.sum(weight * dx, axis=1, keepdims=True))
 
 
-def is_present(expert_index: Int[Array, "..."], num_experts: int) -> Bool[Array, "..."]:
+def is_present(expert_index: Integer[Array, "..."], num_experts: int) -> Bool[Array, "..."]:
     """Says which assignments are present: those with an expert index in [0, E)."""
+    expert_index = _wide(expert_index)
     return (expert_index >= 0) & (expert_index < num_experts)
 
 
-def checked_present(expert_index: Int[Array, "..."], num_experts: int) -> Bool[Array, "..."]:
+def _wide(index: Integer[Array, "..."]) -> Integer[Array, "..."]:
+    """Gives indices a dtype that has room for any number of experts or tokens, and for -1."""
+    return index.astype(jnp.promote_types(index.dtype, jnp.int32))
+
+
+def widened[R: Routing | Assignments](routing: R) -> R:
+    """Gives the indices of a routing a dtype that has room for any number of experts and tokens, and for -1."""
+    if isinstance(routing, Assignments):
+        routing = dataclasses.replace(routing, token_index=_wide(routing.token_index))
+    return dataclasses.replace(routing, expert_index=_wide(routing.expert_index))
+
+
+def checked_present(expert_index: Integer[Array, "..."], num_experts: int) -> Bool[Array, "..."]:
     """Says which assignments are present; the debug checks report indices of the others that are not -1."""
+    expert_index = _wide(expert_index)
     present = is_present(expert_index, num_experts)
     check(
         present | (expert_index == ABSENT),
@@ -253,14 +268,15 @@ def checked_present(expert_index: Int[Array, "..."], num_experts: int) -> Bool[A
 
 def in_range(routing: Assignments, num_tokens: int, num_experts: int) -> Assignments:
     """Makes the assignments of token indices outside [0, T) absent; the debug checks say where there are any."""
+    routing = widened(routing)
     is_token = (routing.token_index >= 0) & (routing.token_index < num_tokens)
     ok = is_token | ~is_present(routing.expert_index, num_experts)
     check(ok, "token_index of a present assignment is outside [0, T)")
     return routing.where(is_token)
 
 
-def count_assignments(expert_index: Int[Array, "..."], num_experts: int) -> Int32[Array, " E"]:
+def count_assignments(expert_index: Integer[Array, "..."], num_experts: int) -> Int32[Array, " E"]:
     """Counts the assignments of each expert."""
-    dtype = jnp.promote_types(expert_index.dtype, jnp.int32)  # which has room for the number of experts
-    experts = jnp.arange(num_experts, dtype=dtype)
-    return jnp.sum(expert_index.astype(dtype).reshape(-1, 1) == experts, axis=0, dtype=jnp.int32)
+    expert_index = _wide(expert_index)
+    experts = jnp.arange(num_experts, dtype=expert_index.dtype)
+    return jnp.sum(expert_index.reshape(-1, 1) == experts, axis=0, dtype=jnp.int32)

@@ -227,6 +227,28 @@ def test_flat_assignments_allow_any_number_of_experts_for_a_token(relative_error
     assert relative_error(y, expected) < 2e-6
 
 
+@pytest.mark.parametrize(("dtype", "experts"), [(jnp.int8, 200), (jnp.uint8, 256), (jnp.uint32, 8)])
+def test_indices_of_any_integer_dtype_name_the_same_experts_and_tokens(dtype, experts, make_problem):
+    for tokens in (5, 200):  # few are not sorted
+        problem = make_problem(tokens, experts, 2, features=4, hidden=4)
+        index = jnp.minimum(problem.expert_index, min(jnp.iinfo(dtype).max, experts - 1))
+        mask = jnp.arange(tokens) % 7 != 0
+        token = jnp.repeat(jnp.arange(tokens), 2)
+        y, load = [], []
+        for narrow in (jnp.int32, dtype):
+            routing = jmoe.Routing(index.astype(narrow), problem.weight).masked(mask)
+            y.append(dataclasses.replace(problem, expert_index=index.astype(narrow)).moe_mlp())
+            y.append(jmoe.moe_mlp(problem.x, problem.w_up, problem.w_down, routing))
+            load.append(jmoe.expert_load(routing, experts))
+            narrow_token = jnp.minimum(token, 127).astype(narrow)
+            flat = jmoe.Assignments(narrow_token, index.ravel().astype(narrow), problem.weight.ravel())
+            y.append(jmoe.moe_mlp(problem.x, problem.w_up, problem.w_down, flat))
+        for narrow_y, wide_y in zip(y[len(y) // 2 :], y[: len(y) // 2], strict=True):
+            np.testing.assert_array_equal(narrow_y, wide_y)
+            assert np.any(wide_y)
+        np.testing.assert_array_equal(*load)
+
+
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize(("activation", "width"), [("swiglu", 2), ("gelu", 1)])
 def test_only_x_and_the_pre_activations_are_kept_for_the_backward(activation, width, remat, make_problem):
