@@ -10,7 +10,7 @@ from jmoe.exchanges import ExchangeName, check_exchange
 from jmoe.expert_parallel import mlp_on_mesh
 from jmoe.grouped_mlp import ExpertParameters
 from jmoe.local_mlp import MLPImplementation, WeightOn, local_mlp
-from jmoe.placement import ExpertPlacement
+from jmoe.placement import ExpertPlacement, check_placement
 from jmoe.routing import Assignments, Routing
 from jmoe.sharding import mesh_axes
 from pallas_kernels.block_sparse.topology import static_sizes
@@ -72,7 +72,8 @@ def moe_mlp(
             inside a `jax.shard_map` over that axis, it means nothing.
         expert_placement: on the same meshes, which device has which experts (`jmoe.plan_placement`); by default device
             i has the i-th E/n of them. The parameters and their gradients are in its `order`, with a mesh and without
-            one; routing has the experts' own numbers. Replicas take part only where experts are split.
+            one; routing has the experts' own numbers. Replicas take part only where experts are split. Inside a
+            `jax.shard_map` over that axis, where the parameters are those of one device, leave it out.
 
     Returns:
         [T, D] in x's dtype.
@@ -90,6 +91,7 @@ def moe_mlp(
         [[10.0, 10.0], [5.0, 5.0], [0.0, 0.0]]
     """
     check_exchange(exchange)
+    check_placement(expert_placement)
     parameters = ExpertParameters(w_up, w_down, b_up, b_down)
     options = {
         "activation": activation,

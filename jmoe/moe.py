@@ -29,7 +29,7 @@ from jmoe.parameters import (
     mlp_parameters,
     shared_parameters,
 )
-from jmoe.placement import ExpertPlacement
+from jmoe.placement import ExpertPlacement, check_placement
 from jmoe.routers.create import create_router
 from jmoe.routers.router import Route, Router, call_router, router_key
 from jmoe.routers.zero_experts import split_zero_experts
@@ -171,6 +171,7 @@ class MoE(nnx.Module):
                 f"shared_combine is {shared_combine!r} without a shared expert; set shared_hidden_features."
             )
         check_exchange(exchange)
+        check_placement(expert_placement)
         if capacity_factor:
             expert_capacity(capacity_factor, 1, num_experts)  # raises if it is none
         self.features = features

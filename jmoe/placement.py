@@ -89,6 +89,11 @@ class ExpertPlacement:
         return len(self.stored) * len(self.stored[0])
 
     @property
+    def num_stored(self) -> int:
+        """The E/n experts that each device stores."""
+        return len(self.stored[0])
+
+    @property
     def num_replicas(self) -> int:
         """How many replicas the device with most has; every device has room for as many."""
         return max(map(len, self.replicas))
@@ -108,8 +113,17 @@ class ExpertPlacement:
 
         Args:
             expert_load: [E], as in `plan_placement`.
+
+        Raises:
+            ValueError: `expert_load` is not of the E experts, or has a number that is negative or not finite.
         """
-        return self.shares() @ load_shares(expert_load)
+        load = load_shares(expert_load)
+        if load.size != self.num_experts:
+            raise ValueError(
+                f"expert_load is of {load.size} experts and the placement of {self.num_experts}; leave out the loads "
+                "of experts that have no parameters."
+            )
+        return self.shares() @ load
 
     def balance(self, expert_load: ArrayLike) -> float:
         """Computes the mean load of the devices over the largest, from 1/n to 1.
@@ -119,6 +133,9 @@ class ExpertPlacement:
 
         Args:
             expert_load: [E], as in `plan_placement`.
+
+        Raises:
+            ValueError: as `device_load`.
         """
         return float(1 / (self.num_devices * self.device_load(expert_load).max()))
 
@@ -138,7 +155,8 @@ class ExpertPlacement:
         if self.num_experts != num_experts:
             raise ValueError(
                 f"expert_placement is of {self.num_experts} experts and the layer has {num_experts}; give "
-                "jmoe.plan_placement the loads of the experts that have parameters."
+                "jmoe.plan_placement the loads of the experts that have parameters, and leave it out inside a "
+                "jax.shard_map of your own, where a layer has those of one device."
             )
         if num_devices is not None and self.num_devices != num_devices:
             raise ValueError(
@@ -157,6 +175,15 @@ class ExpertPlacement:
         for device, experts in enumerate(self.stored):
             shares[device, list(experts)] = left[list(experts)]
         return shares
+
+
+def check_placement(placement: object) -> None:
+    """Raises a ValueError where something is neither a placement nor None."""
+    if placement is not None and not isinstance(placement, ExpertPlacement):
+        raise ValueError(
+            f"expert_placement is a {type(placement).__name__}; it must be a jmoe.ExpertPlacement, as "
+            "jmoe.plan_placement makes, or None."
+        )
 
 
 def placed_routing[R: Routing | Assignments](routing: R, placement: ExpertPlacement) -> R:
@@ -191,7 +218,7 @@ def _numbers_and_ends(placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarra
 
     Experts that fewer than C devices have get their last number again, with an empty part.
     """
-    num_stored = placement.num_experts // placement.num_devices
+    num_stored = placement.num_stored
     num_local = num_stored + placement.num_replicas
     parts: list[list[tuple[int, float]]] = [[] for _ in range(placement.num_experts)]
     shares = placement.shares()

@@ -25,7 +25,8 @@ def reorder_experts[T](tree: T, placement: ExpertPlacement | None, *, previous: 
         The same tree; arrays stay sharded as they are.
 
     Raises:
-        ValueError: no variable has an axis "expert", or one of another size than the placement's.
+        ValueError: no variable has an axis "expert", or one of another size than the placement's; or an optimizer keeps
+            something of another shape under a parameter's names, as `optax.adafactor` does.
 
     Example:
         >>> import jmoe
@@ -51,6 +52,11 @@ def reorder_experts[T](tree: T, placement: ExpertPlacement | None, *, previous: 
         num_reordered += 1
         axis = names.index("expert")
         array = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf.value
+        if len(names) != array.ndim:
+            raise ValueError(
+                f"a variable {list(array.shape)} has the axes {names} of its parameter: an optimizer keeps something "
+                "of another shape; reorder the parameters only, and start the optimizer anew."
+            )
         for order in orders:
             if len(order) != array.shape[axis]:
                 raise ValueError(

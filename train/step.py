@@ -65,7 +65,7 @@ def _with_cast_experts(graph: nnx.GraphDef[Transformer], weights: Params, biases
     """Casts the experts' matrices, nearly all there is, to the dtype that they are multiplied in.
 
     Once, where the layers would do it in the forward and again in the backward, each time reading master weights. Their
-    gradients are then of that dtype too, as those of all other matrices have always been.
+    gradients are then of that dtype too, also where devices add them, as those of all matrices but the router's are.
     """
     model = nnx.merge(graph, weights, biases)
     for _, module in nnx.iter_graph(model):

@@ -37,7 +37,7 @@ def transfer_rounds(placement: ExpertPlacement) -> tuple[tuple[Transfer, ...], .
 
     A device that has got a replica sends it on, so that an expert with c replicas takes about `log2(c + 1)` rounds.
     """
-    num_stored = placement.num_experts // placement.num_devices
+    num_stored = placement.num_stored
     # Of each expert, the devices that have it, and its place there.
     having = {e: {device: i} for device, experts in enumerate(placement.stored) for i, e in enumerate(experts)}
     missing = [
@@ -84,7 +84,7 @@ class Replication:
         Args:
             parameters: of the E/n experts stored here.
             device: the number of this device.
-            dtype: that of the computation, which the matrices are cast to, so that replicas are sent in it.
+            dtype: that of the computation; where it is narrower than theirs, matrices are cast to it and sent in it.
 
         Returns:
             Parameters of `E/n + num_replicas` experts, in their own dtype; zeros where this device has fewer replicas
@@ -128,7 +128,7 @@ class Replication:
 
     def _places(self, transfers, device):
         """Returns what of this device's experts and replicas is sent, and what received; anything, if nothing is."""
-        num_stored = self.placement.num_experts // self.placement.num_devices
+        num_stored = self.placement.num_stored
         source, target = np.zeros((2, self.placement.num_devices), np.int32)
         for transfer in transfers:
             source[transfer.source], target[transfer.target] = transfer.local, num_stored + transfer.replica

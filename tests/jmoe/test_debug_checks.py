@@ -51,6 +51,18 @@ def test_a_routing_that_breaks_a_rule_is_reported(token_index, expert_index, wei
     assert message in error_of(moe_mlp, *map(jnp.array, (token_index, expert_index, weight)))
 
 
+def test_a_placement_hides_no_index_that_breaks_a_rule():
+    def placed(expert_index):
+        routing = jmoe.Routing(expert_index, jnp.ones((2, 1)))
+        placement = jmoe.ExpertPlacement(((1,), (0,)))
+        return jmoe.moe_mlp(
+            jnp.ones((2, 2)), jnp.ones((2, 2, 8)), jnp.ones((2, 4, 2)), routing, expert_placement=placement
+        )
+
+    assert error_of(placed, jnp.array([[1], [-1]])) is None
+    assert "expert_index lies between 0 and 5; it must be in [0, E)" in error_of(placed, jnp.array([[0], [5]]))
+
+
 @pytest.mark.parametrize(
     ("token_index", "weight", "message"),
     [

@@ -1,6 +1,7 @@
 """Placements of experts: planned as balanced as can be, and carried out as planned."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +184,20 @@ def test_a_placement_of_other_experts_or_devices_is_a_value_error_that_says_what
     message = r"is for 2 devices and the mesh splits the experts into 4; make one with .*\(expert_load, 4\), and put"
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
         apply(8)
+    message = "expert_load is of 9 experts and the placement of 8; leave out the loads of experts that have no param"
+    with pytest.raises(ValueError, match=message):
+        placement.balance(np.ones(9))
+
+
+@pytest.mark.usefixtures("without_annotation_checks")
+def test_what_is_no_placement_is_a_value_error():
+    order: Any = (0, 1, 2, 3)
+    with pytest.raises(ValueError, match="expert_placement is a tuple; it must be a jmoe"):
+        jmoe.MoE(8, 8, 4, 2, expert_placement=order, rngs=nnx.Rngs(0))
+    x, w_up, w_down = jnp.ones((4, 8)), jnp.ones((4, 8, 8)), jnp.ones((4, 4, 8))
+    routing = jmoe.Routing(jnp.zeros((4, 1), int), jnp.ones((4, 1)))
+    with pytest.raises(ValueError, match="expert_placement is a tuple; it must be a jmoe"):
+        jmoe.moe_mlp(x, w_up, w_down, routing, expert_placement=order)
 
 
 def test_experts_start_alike_wherever_they_are():
@@ -213,6 +228,10 @@ def test_only_variables_with_an_axis_of_experts_can_be_reordered():
         ValueError, match=r"a placement has 2 experts and a variable \[4, 8, \d+\] has 4; they must agree"
     ):
         jmoe.reorder_experts(state, placement)
+    moe = jmoe.MoE(8, 8, 2, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(moe, optax.adafactor(1e-3, min_dim_size_to_factor=4), wrt=nnx.Param)
+    with pytest.raises(ValueError, match="reorder the parameters only, and start the optimizer anew"):
+        jmoe.reorder_experts(nnx.state(optimizer), placement)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.exhaustive)])

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jmoe
 from jmoe.exchanges import AllToAll, Gather, Ring
+from jmoe.exchanges.replicas import Replication
 from jmoe.grouped_mlp import ExpertParameters
 from jmoe.local_mlp import mlp_options
 
@@ -65,6 +66,40 @@ def test_the_peak_of_the_all_to_all_is_a_matter_of_its_chunk(slack):
     assert peak < 4 * (7 * received * D + 3 * rows * (2 * F + D) + 4 * T * D + 2 * parameters)
     if slack == 1.125:
         assert peak < 0.75 * peak_bytes(Gather, 8)[1]
+
+
+def test_copies_of_experts_are_brought_again_and_not_kept_from_forward_to_backward():
+    num_devices, num_tokens, width = 2, 16, 128
+    placement = jmoe.ExpertPlacement(((0,), (1,)), ((jmoe.Replica(1, 0.5),), ()))
+    options = mlp_options((width,) * 2, "swiglu", "output", False, "xla")
+    exchange = Gather(("expert",), options, 4, replication=Replication(("expert",), placement))
+    mesh = jax.make_mesh((num_devices,), ("expert",), (AxisType.Auto,), devices=jax.devices()[:num_devices])
+
+    def peak_of(num_layers):
+        def gradients(x, routing, layers):
+            def loss(layers):
+                y = x
+                for parameters in layers:
+                    y = jnp.sin(exchange(y, routing, parameters))
+                return jnp.sum(y)
+
+            return jax.grad(loss)(layers)
+
+        def shape(*dimensions, dtype=jnp.float32) -> Any:
+            return jax.ShapeDtypeStruct(dimensions, dtype, sharding=NamedSharding(mesh, SHARDED))
+
+        routing = jmoe.Routing(shape(num_tokens, 1, dtype=jnp.int32), shape(num_tokens, 1))
+        parameters = ExpertParameters(shape(2, width, 2 * width), shape(2, width, width))
+        arguments = shape(num_tokens, width), routing, [parameters] * num_layers
+        mapped = jax.shard_map(gradients, mesh=mesh, in_specs=SHARDED, out_specs=SHARDED, check_vma=False)
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(mapped).lower(*arguments).compile(compiler_options=IN_ORDER)
+        memory: Any = compiled.memory_analysis()
+        return memory.temp_size_in_bytes
+
+    # Each device has two experts of each layer while it computes that one.
+    bytes_of_expert = 4 * 3 * width * width
+    assert peak_of(6) < peak_of(2) + 2 * bytes_of_expert
 
 
 @pytest.mark.parametrize("kind", [Gather, Ring, AllToAll])
