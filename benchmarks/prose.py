@@ -92,7 +92,7 @@ One model, trained from the same parameters on the same text by several ways of 
 assignments that a capacity drops in training; *padded* is that of rows which only fill blocks of so many rows, and
 *experts* the assignments of a token that are computed, both on held-out text. *Loss* is in nats per target of that
 text, routed as in training, and *by top-k* with the same parameters in a dropless model: the mean over the seeds, and
-its extremes.
+its extremes. Settings without a row have not been measured yet.
 """
 
 SCALING = """\
@@ -101,10 +101,9 @@ SCALING = """\
 Layers whose experts are split over all devices, with T tokens on each: TFLOP/s of each device, and *of one device*: the
 speed of each over that of one device with all experts and T tokens, timed in the same rounds. *Placement* says which
 device has which experts. *Fullest* is the load of the fullest device over the mean, and nothing is faster than its
-inverse. *Of ragged* is the speed
-over that of the same layer on `jax.lax.ragged_all_to_all`. Training steps have the same batch on each device, and *of
-one device* is their weak scaling. The deepest model is OLMoE with as many layers as can be trained.
-[Scaling](scaling.md) says how to choose a mesh and an exchange.
+inverse. *Of ragged* is the speed over that of the same layer on `jax.lax.ragged_all_to_all`. Training steps have the
+same batch on each device, and *of one device* is their weak scaling. The deepest model is OLMoE with as many layers as
+can be trained. [Scaling](scaling.md) says how to choose a mesh and an exchange.
 """
 
 SIMULATION = """\
@@ -126,9 +125,10 @@ python -m benchmarks.layer --only 'E*' --resume
 python -m benchmarks.generation
 python -m benchmarks.memory
 python -m benchmarks.train_step
-python -m benchmarks.train_step --only bf16 --no-scan-layers
+python -m benchmarks.train_step --no-scan-layers --resume
 python -m benchmarks.block_sparse
-python -m benchmarks.routing --preset small --num-seeds 3
+python -m benchmarks.routing --steps 300 --batch-size 8 --sequence-length 64 --block-rows 32 --num-seeds 3 \\
+  --validation-batches 64
 python -m benchmarks.scaling
 python -m benchmarks.scaling --simulate
 python -m benchmarks.report

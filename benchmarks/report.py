@@ -281,7 +281,8 @@ def _train_step_tables(content: Record) -> list[str]:
     rows = []
     for record in content["records"]:
         layers = f"{record.get('num_layers', '')}{'' if record.get('scan_layers', True) else ', unscanned'}"
-        names = record["setting"], record.get("preset", ""), layers, record.get("remat", "")
+        setting = ", ".join(filter(None, (record["setting"], record.get("mesh"))))
+        names = setting, record.get("preset", ""), layers, record.get("remat", "")
         if "failure" in record:
             rows.append((*names, "", *"----"))
             continue

@@ -8,12 +8,10 @@ import argparse
 import dataclasses
 import itertools
 import math
-import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import get_args
 
@@ -25,12 +23,14 @@ from rich.table import Table
 
 from benchmarks.record import (
     Record,
+    chosen,
     commit,
     custom_calls,
     describe_environment,
     describe_failure,
     make_console,
     make_parser,
+    new_process,
     open_results,
 )
 from jmoe.models import PRESETS, TransformerConfig
@@ -249,6 +249,7 @@ def show(records: Sequence[Record], title: str, console: Console) -> None:
     table = Table(title=title, title_justify="left", box=None)
     columns = (
         "setting",
+        "mesh",
         "remat",
         "layers",
         "experts on",
@@ -260,16 +261,18 @@ def show(records: Sequence[Record], title: str, console: Console) -> None:
         "compile s",
     )
     for name in columns:
-        table.add_column(name, justify="left" if name in columns[:4] else "right")
+        table.add_column(name, justify="left" if name in columns[:5] else "right")
     for record in records:
         # A file that is continued may have records from before the choice, when layers were always scanned.
         layers = "scanned" if record.get("scan_layers", True) else "unscanned"
+        mesh = record.get("mesh") or "one device"
         if "failure" in record:
-            table.add_row(record["setting"], record["remat"], layers, record["failure"][:100])
+            table.add_row(record["setting"], mesh, record["remat"], layers, record["failure"][:100])
             continue
         peak = record["peak_gib"]
         table.add_row(
             record["setting"],
+            mesh,
             record["remat"],
             layers,
             record["moe_implementation"],
@@ -291,7 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-layers", type=int, help="4 on a GPU, 2 elsewhere")
     parser.add_argument("--batch-size", type=int, help="of each device: 4 on a GPU, 2 elsewhere")
     parser.add_argument("--sequence-length", type=int, help="4096 on a GPU, 128 elsewhere")
-    parser.add_argument("--mesh", help="axes and sizes of all devices, as for jmoe-train; one device if not given")
+    parser.add_argument(
+        "--mesh", default="", help="axes and sizes of all devices, as for jmoe-train; one device if not given"
+    )
     parser.add_argument("--remat", choices=get_args(Remat), default="none", help="what the backward pass recomputes")
     parser.add_argument(
         "--scan-layers", action=argparse.BooleanOptionalAction, default=True, help="whether layers are one scanned body"
@@ -299,9 +304,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     options = parser.parse_args(arguments)
 
-    settings = options.only.split(",") if options.only else list(SETTINGS)
-    if unknown := [setting for setting in settings if setting not in SETTINGS]:
-        parser.error(f"--only: there is no setting {unknown[0]!r}; there are {', '.join(SETTINGS)}")
+    settings = chosen(parser, "--only", options.only, SETTINGS) if options.only else list(SETTINGS)
+    try:
+        parse_mesh(options.mesh)
+    except ValueError as error:
+        parser.error(f"--mesh: {error}")
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
     fields = [field.name for field in dataclasses.fields(Workload)]
@@ -309,14 +316,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # This process leaves the device alone: the one that measures may have nearly all of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    process = _new_process()
+    process = new_process()
     environment = process.submit(describe_environment).result()
     console = make_console(environment)
     method = METHOD.format(steps=options.steps, warm_up=_WARM_UP_STEPS, seed=options.seed)
     results = open_results(parser, options, method, environment)
     for setting in settings:
         wanted = {"setting": setting, **asked}
-        if any(wanted.items() <= record.items() for record in results.records):
+        # Records from before there were meshes are of one device.
+        there = [record for record in results.records if wanted.items() <= ({"mesh": ""} | record).items()]
+        if any("failure" not in record for record in there):
             console.print(f"{setting}: in {results.path} already")
             continue
         try:
@@ -325,17 +334,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 record = task.result()
         except BrokenProcessPool:
             record = wanted | {"failure": "its process died"}
-        process = _new_process()
-        results.replace([*results.records, record])
+        process = new_process()
+        results.replace([*(record for record in results.records if record not in there), record])
         console.print(f"{setting}: {record.get('failure', 'done')}")
     show(results.records, environment["hardware"]["device"], console)
     console.print(f"Written to {results.path}")
     return int(any("failure" in record for record in results.records))
-
-
-def _new_process() -> ProcessPoolExecutor:
-    """A process, started with its first task, whose memory no other measurement has touched."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 if __name__ == "__main__":

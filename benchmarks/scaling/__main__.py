@@ -5,6 +5,7 @@ layers and models on XLA's devices: that the program works, not what GPUs do. Wi
 """
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from benchmarks.record import (
 )
 from benchmarks.scaling import simulate, tables
 from benchmarks.scaling.layer import RAGGED
-from benchmarks.scaling.step import compare
+from benchmarks.scaling.step import compare_steps
 from benchmarks.scaling.tasks import LIMIT_SECONDS, Task, describe_devices, make_tasks, run
 from benchmarks.train_step import SETTINGS
 
@@ -35,10 +36,12 @@ of_one_device: the speed of each device over that of one with all experts and T 
 auto: whether "auto" is this exchange. fullest_device: its assignments over the mean. relative_error: against one
 device that computes the tokens of all, T at a time; more than 2e-2 is a failure. ragged_all_to_all: rows travel by
 jax.lax.ragged_all_to_all to experts computed by jmoe; its buffers just hold what the drawn routing needs.
-step: benchmarks.train_step; all devices have the same sequences, so that losses are those of one device, and a
-relative difference of 2e-2 in the first three is a failure. of_one_device: tokens per second of each device over those
-of one. links: bytes_sent by each device, and the rate, gb_per_s. memory: two scanned steps of as many layers as keep to
-limit_gib by XLA's plan, compiled without autotuning, one sequence on each device. Seed {seed}."""
+step: benchmarks.train_step; all devices have the same sequences, so that losses are those of one device, and a relative
+difference of 2e-2 in the first three is a failure. of_one_device: tokens per second of each device over those of one.
+With the setting "program", whose rate of learning rises from 0, this checks little but the forward. links: bytes_sent
+by each device, and the rate, gb_per_s. memory: two scanned steps of as many layers as keep to limit_gib by XLA's plan,
+compiled without autotuning, one sequence on each device. Seed {seed}. Asked for:
+setting {setting}, steps {steps}, scan_layers {scan_layers}, memory_gib {memory_gib}."""
 
 
 def restrict(num_devices: int) -> None:
@@ -55,7 +58,8 @@ def measure(chosen_tasks: Sequence[Task], results: Results, console: Console) ->
     started = time.monotonic()
     process, group = None, None
     for task in chosen_tasks:
-        if any(record["task"] == task.name for record in results.records):
+        of_task = [record for record in results.records if record["task"] == task.name]
+        if of_task and not any("failure" in record for record in of_task):
             console.print(f"{task.name}: in {results.path} already")
             continue
         if process is None or group != task.group:
@@ -70,10 +74,9 @@ def measure(chosen_tasks: Sequence[Task], results: Results, console: Console) ->
         except Exception as failure:
             records = [{"failure": describe_failure(failure)}]
         records = [{"task": task.name, "part": task.name.partition("-")[0], **record} for record in records]
-        if task.name.startswith("step-"):
-            steps = [record for record in results.records if record["part"] == "step"]
-            records = [compare(record, steps) for record in records]
-        results.replace([*results.records, *records])
+        # What failed before is replaced, with all that was measured with it.
+        kept = [record for record in results.records if record["task"] != task.name]
+        results.replace(compare_steps([*kept, *records]))
         failed = sum("failure" in record for record in records)
         console.print(
             f"{time.monotonic() - started:4.0f} s  {task.name}: {len(records) - failed} done, {failed} failed"
@@ -102,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("rounds", "steps", "num_devices"):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if options.memory_gib is not None and not 0 < options.memory_gib < math.inf:
+        parser.error(f"--memory-gib must be a number above 0, got {options.memory_gib}")
     if options.simulate:
         return simulate.main(parser, options)
 
@@ -116,11 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = make_console(environment)
     tasks = make_tasks(options, environment["hardware"]["platform"], n)
     names = chosen(parser, "--only", options.only, tasks) if options.only else list(tasks)
-    method = METHOD.format(limit=LIMIT_SECONDS, rounds=options.rounds, seed=options.seed)
+    method = METHOD.format(limit=LIMIT_SECONDS, **vars(options))
     results = open_results(parser, options, method, environment)
-    # What failed is measured again, with all that was measured with it.
-    failed = {record["task"] for record in results.records if "failure" in record}
-    results.replace([record for record in results.records if record["task"] not in failed])
     measure([tasks[name] for name in names], results, console)
     tables.show(results.records, f"{n} x {environment['hardware']['device']}", console)
     console.print(f"Written to {results.path}")

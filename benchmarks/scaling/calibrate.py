@@ -87,8 +87,10 @@ def calibrate(contents: Sequence[Record], device: str, model: TransformerConfig,
     if rest <= 0:
         raise ValueError(f"the step in {content['file']} took less than its experts and matmuls take by themselves")
     other = job.other_flops / rest
-    state = job.state_bytes * step["parameters"]
-    kept = max(step["planned_gib"] * 2**30 - state, 0) / job.num_tokens / job.model.num_layers
+    # Activations are the same in every setting. Where float32 gradients and moments are updated, a step can be at its
+    # peak without them, so that the most that is found counts.
+    alike = [other for _, other in _one_device_steps(contents, device) if other["preset"] == step["preset"]]
+    kept = max(_activation_bytes(other) for other in alike)
     return Calibration(
         Speeds(**_expert_speeds(layer), other=other, dense=dense, copy=copy),
         kept,
@@ -115,7 +117,7 @@ def links(contents: Sequence[Record], device: str) -> dict[str, Link]:
 
 
 def validate(contents: Sequence[Record]) -> list[Record]:
-    """Predicts what was measured on several devices, from what the same file has of one device and of links."""
+    """Predicts what was measured on several devices, from what was measured of one of them and of links."""
     records = []
     for device in dict.fromkeys(c["hardware"]["device"] for c in contents if c["program"] == "scaling"):
         if not (measured_links := links(contents, device)):
@@ -199,11 +201,15 @@ def _layers(contents: Iterable[Record], device: str | None) -> list[tuple[Record
 
 
 def _one_device_steps(contents: Iterable[Record], device: str) -> list[tuple[Record, Record]]:
-    steps = [pair for pair in _scaling(contents, device, "step") if not pair[1]["mesh"]]
+    steps = _scaling(contents, device, "step")
     for content in contents:
         if content["program"] == "train_step" and content["hardware"]["device"] == device:
             steps += [(content, record) for record in content["records"] if "failure" not in record]
-    return [(content, record) for content, record in steps if record.get("planned_gib")]
+
+    def is_plain(record: Record) -> bool:  # on one device, and nothing computed twice
+        return not record.get("mesh") and record.get("remat", "none") == "none"
+
+    return [(content, record) for content, record in steps if record.get("planned_gib") and is_plain(record)]
 
 
 def _layer_like(layers: list[tuple[Record, Record]], model: TransformerConfig) -> tuple[Record, Record]:
@@ -222,6 +228,13 @@ def _expert_speeds(layer: Record) -> dict[str, float]:
 def _job_of(step: Record) -> Job:
     model = model_of(step["preset"], step["num_layers"], step["setting"])
     return Job(model, step["batch_size"], step["sequence_length"])
+
+
+def _activation_bytes(step: Record) -> float:
+    """What a step is planned to take for each token and layer, beside its state."""
+    job = _job_of(step)
+    state = job.state_bytes * step["parameters"]
+    return max(step["planned_gib"] * 2**30 - state, 0) / job.num_tokens / job.model.num_layers
 
 
 def _job_of_layer(configuration: Configuration) -> Job:

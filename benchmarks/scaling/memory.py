@@ -109,12 +109,12 @@ def measure_memory(workload: Workload, setting: str, *, limit_gib: float | None)
 def _train_deepest(deep: DeepModel, limit: float) -> Record:
     with ThreadPoolExecutor(len(_FIRST)) as pool:
         plans = {step.num_layers: step.planned_gib for step in pool.map(deep.prepare, _FIRST)}
-    deepest, too_deep = None, {}
+    deepest, too_deep = None, {}  # of those that were tried
     for _ in range(_ATTEMPTS):
         guess = _fitting_layers(plans, limit)
         if too_deep:
             guess = min(guess, min(too_deep) - 1)
-        if guess in plans or guess < 1 or (deepest and guess < deepest.num_layers):
+        if guess < 1 or (deepest and guess <= deepest.num_layers):
             break
         step = deep.prepare(guess)
         plans[guess] = step.planned_gib

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -81,9 +82,14 @@ def _rank(record: Record) -> tuple[bool, float]:
 def main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     """Predicts, prints and records; returns 0."""
     for name in ("batch_size", "sequence_length", "max_gpus", "gpus_per_node", "gpu_gib", "nvlink_gb", "network_gb"):
-        if getattr(options, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be more than 0, got {getattr(options, name)}")
-    if not 0 <= options.overlap <= 1 or options.imbalance < 1:
+        if not 0 < getattr(options, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be a number above 0, got {getattr(options, name)}")
+    for name in ("nvlink_us", "network_us"):
+        if not 0 <= getattr(options, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be a number from 0, got {getattr(options, name)}")
+    if options.resume or options.only:
+        parser.error("--simulate predicts everything anew; it goes without --resume and --only")
+    if not 0 <= options.overlap <= 1 or not 1 <= options.imbalance < math.inf:
         parser.error("--overlap must be from 0 to 1, and --imbalance at least 1")
     if not all(layers.isdecimal() and int(layers) for layers in options.num_layers.split(",")):
         parser.error(f"--num-layers must be numbers, separated by commas, got {options.num_layers!r}")

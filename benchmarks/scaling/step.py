@@ -22,15 +22,22 @@ def measure_step(setting: str, mesh: str, asked: Mapping[str, object], *, steps:
     return measure(setting, {**asked, "mesh": mesh}, steps=steps, seed=seed)
 
 
-def compare(record: Record, records: Sequence[Record]) -> Record:
-    """Compares a step with that of one device, if this is among the records: its losses, and its speed.
+def compare_steps(records: Sequence[Record]) -> list[Record]:
+    """Compares the steps among the records with those of one device, where they are there too: losses and speeds.
 
     All devices have the sequences of that one device, so that the losses must be its losses.
     """
+    steps = [record for record in records if record["part"] == "step"]
+    return [_compared(record, steps) if record["part"] == "step" else record for record in records]
+
+
+def _compared(record: Record, records: Sequence[Record]) -> Record:
     same = "setting", "preset", "num_layers", "batch_size", "sequence_length", "remat", "scan_layers"
+    if "failure" in record or not record["mesh"]:
+        return record
     one = [other for other in records if not other.get("mesh") and "failure" not in other]
     one = [other for other in one if all(other[key] == record[key] for key in same)]
-    if "failure" in record or not record["mesh"] or not one:
+    if not one:
         return record
     expected, actual = one[-1]["cross_entropies"], record["cross_entropies"]
     if any(abs(a - e) > _SAME * e for a, e in zip(actual, expected, strict=True)):

@@ -61,7 +61,7 @@ def _layers(records: Sequence[Record]) -> Table:
                 exchange,
                 f"{record['forward']['tflops']:.3g}",
                 f"{record['both']['tflops']:.3g}",
-                "" if is_alone else f"{record['both']['of_one_device']:.3f}",
+                f"{record['both']['of_one_device']:.3f}" if "of_one_device" in record["both"] else "",
                 "" if is_alone else f"{record['fullest_device']:.3f}",
                 "" if is_alone or not baseline else f"{baseline / record['both']['ms_median']:.1f}",
             )

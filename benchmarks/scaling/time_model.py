@@ -254,11 +254,13 @@ def layer_seconds(
         bytes_of_round = n * chunk(job.num_tokens, m.top_k, m.num_experts, n) * m.embed_dim * _BF16
         return {"experts": experts, "exchange": 5 * network.seconds("all_to_all", bytes_of_round, group)}
     exposed = 0.0
-    # Forward the tokens travel, backward their gradients with them; behind these their outputs, or gradients.
+    # Forward the tokens travel, backward their gradients with them; behind these their outputs, or gradients, which
+    # take as many steps, but begin one later: the last one hides behind nothing.
     for seconds, arrays in ((passes["forward"], 1), (passes["backward"], 2)):
         ahead = arrays * network.seconds("ppermute", tokens, group)
         behind = network.seconds("ppermute", tokens, group)
-        exposed += (n - 1) * max(0.0, ahead + behind - seconds / n) + behind
+        of_shard = seconds / n
+        exposed += max(0.0, ahead - of_shard) + (n - 2) * max(0.0, ahead + behind - of_shard) + behind
     return {"experts": experts, "exchange": exposed}
 
 

@@ -26,7 +26,7 @@ from benchmarks.scaling.layer import (
 from benchmarks.scaling.links import COLLECTIVES, measure_links
 from benchmarks.scaling.memory import CompiledStep, DeepModel, measure_memory
 from benchmarks.scaling.ragged import rows_received
-from benchmarks.scaling.step import compare, step_meshes
+from benchmarks.scaling.step import compare_steps, step_meshes
 from benchmarks.scaling.tasks import Task, make_tasks
 from benchmarks.train_step import Workload
 
@@ -176,23 +176,31 @@ def test_a_model_that_the_device_has_no_room_for_is_too_deep(monkeypatch):
 
     record = _search(monkeypatch, lambda layers: 1 + 0.9 * layers, runs)
     assert (record["num_layers"], record["too_deep"]) == (9, {"10": "out of memory: no room"})
+    for least in (2, 4):  # of these, plans are made first
+        assert _search(monkeypatch, lambda layers, least=least: 10 + (layers - least) / 10)["num_layers"] == least
     record = _search(monkeypatch, lambda layers: 11 + layers)
     assert record["failure"].startswith("out of memory: nothing fits into 10.00 GiB")
 
 
 def _step(mesh, seconds, losses, **more):
     shape = {"preset": "tiny", "num_layers": 1, "batch_size": 1, "sequence_length": 8, "remat": "none"}
-    shape |= {"setting": "bf16", "scan_layers": False, "mesh": mesh}
+    shape |= {"setting": "bf16", "scan_layers": False, "mesh": mesh, "part": "step"}
     return shape | {"seconds_median": seconds, "cross_entropies": losses} | more
 
 
 def test_steps_are_compared_with_one_device():
-    one = _step("", 2.0, [6.0, 5.0, 4.0])
-    assert compare(one, [one]) == one
-    assert compare(_step("data=2", 2.5, [6.0, 5.01, 4.05]), [one])["of_one_device"] == 0.8
-    assert "on one device [6.0, 5.0, 4.0]" in compare(_step("data=2", 2.5, [6.0, 5.0, 4.5]), [one])["failure"]
-    other = _step("data=2", 2.5, [6.0, 5.0, 4.0], num_layers=2)
-    assert compare(other, [one]) == other  # nothing to compare with
+    good, bad = _step("data=2", 2.5, [6.0, 5.01, 4.05]), _step("data=2", 2.5, [6.0, 5.0, 4.5])
+    # With others nothing is to be compared.
+    others = [
+        _step("data=2", 2.5, [6.0, 5.0, 4.0], num_layers=2),
+        {"part": "step", "failure": "its process died"},
+        {"part": "links"},
+    ]
+    one = _step("", 2.0, [6.0, 5.0, 4.0])  # measured last, as where its first try failed
+    compared = compare_steps([good, bad, *others, one])
+    assert compared[0]["of_one_device"] == 0.8
+    assert "on one device [6.0, 5.0, 4.0]" in compared[1]["failure"]
+    assert compared[2:] == [*others, one]
 
 
 def test_meshes_are_of_all_devices():
@@ -246,8 +254,13 @@ def test_the_program_keeps_each_result_and_measures_again_what_failed(monkeypatc
     assert (one["part"], data["of_one_device"]) == ("step", 1.0)
     assert "no luck" in capsys.readouterr().out
 
+    # What is not chosen stays as it is, even if it failed.
+    assert scaling.main(["--out", str(file), "--resume", "--only", "other"]) == 1
+    assert json.loads(file.read_text())["records"] == content["records"]
     assert scaling.main(["--out", str(file), "--resume", "--only", "links"]) == 0
     assert measured == ["links", "other", "step-one", "step-data", "links"]
+    with pytest.raises(SystemExit):  # other steps are another measurement
+        scaling.main(["--out", str(file), "--resume", "--steps", "3"])
     *others, links = json.loads(file.read_text())["records"]
     assert others == [other, one, data]
     assert math.isclose(links["gb_per_s"], 1e-5)
@@ -258,6 +271,8 @@ def test_the_program_keeps_each_result_and_measures_again_what_failed(monkeypatc
     [
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--only", "speed"], "there is no 'speed'; there are layer-tiny-random"),
+        (["--memory-gib", "nan"], "--memory-gib must be a number above 0, got nan"),
+        (["--memory-gib", "0"], "--memory-gib must be a number above 0, got 0.0"),
     ],
 )
 def test_a_bad_argument_is_refused(arguments, message, monkeypatch, capsys):

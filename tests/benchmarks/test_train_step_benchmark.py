@@ -30,7 +30,7 @@ def test_the_program_measures_steps_and_continues_its_file(run_program, tmp_path
     assert record["planned_gib"] * 2**30 > 3 * 4 * record["parameters"]  # float32 weights and two moments
 
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-    monkeypatch.setattr(train_step, "_new_process", lambda: ThreadPoolExecutor(1))
+    monkeypatch.setattr(train_step, "new_process", lambda: ThreadPoolExecutor(1))
     assert train_step.main([*short, "--resume"]) == 0
     assert json.loads(file.read_text()) == content
     # Sequences longer than the model accepts fail, and that is recorded.
