@@ -36,7 +36,8 @@ class Exchange(abc.ABC):
             other assignments are absent: they belong to experts on further mesh axes.
         slack: the room in buffers, as a multiple of what random routing needs on average.
         replication: of the experts that several shards compute, if there are any. Each shard's replicas then count as
-            further experts, after its own, whose parameters are not passed.
+            further experts, after its own, in `num_experts` too; their parameters are not passed, and the routing is
+            that of `jmoe.placement.placed_routing`.
     """
 
     axis_names: tuple[str, ...]
